@@ -1,0 +1,147 @@
+"""Shared by the tests: the import path, checks that are on for all of them, small flags, random weights, and the
+networks of METHOD §3 once more, in float64 NumPy, as the reference that expected numbers come from."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spowl_continuous import Args
+
+jax.config.update("jax_debug_key_reuse", True)  # every test fails where a random key is used twice
+jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 where there is a GPU
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("repeatable")
+
+SMALL = dict(num_envs=2, buffer_size=40, latent_dim=16, enc_dim=12, mlp_dim=16, num_bins=21, num_q=3, num_c=4,
+             num_cost_heads=2, lagrangian_heads=4, batch_size=8, num_samples=24, num_pi_trajs=5, num_elites=6,
+             iterations=2, bootstrap_samples=200)
+
+
+def small_args(**changes):
+    """Flags for networks and planner of toy size."""
+    return Args(**(SMALL | changes))
+
+
+def randomised(tree, seed, scale=0.3):
+    """A tree of parameters with noise on every leaf, so that no layer, bias, scale or shift stays at its start."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree)
+
+
+def fixed_policy(mean, raw_log_std, latent_dim=16, width=4):
+    """A policy that ignores its latent: mean (A,) before tanh, and the network's output for the log-std (A,)."""
+    out = jnp.concatenate([jnp.asarray(mean, jnp.float32), jnp.asarray(raw_log_std, jnp.float32)])
+    hidden = {"w": jnp.zeros((latent_dim, width)), "b": jnp.zeros(width), "scale": jnp.ones(width),
+              "shift": jnp.zeros(width)}
+    return hidden, {"w": jnp.zeros((width, out.size)), "b": out}
+
+
+def certain(policy, raw=-20.0):
+    """The same policy with its log-std at the lower bound: its actions are its means, but for noise of e^-10."""
+    *hidden, last = policy
+    actions = last["b"].size // 2
+    return (*hidden, {"w": last["w"].at[:, actions:].set(0.0), "b": last["b"].at[actions:].set(raw)})
+
+
+def leaves_equal(tree, other):
+    """Whether two trees have the same numbers to the last bit (-0 equals 0)."""
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(as_numpy(x), as_numpy(y))), tree, other)))
+
+
+def as_numpy(x):
+    """A NumPy array, of a random key's data where x is a key."""
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# METHOD §3 in NumPy
+# ----------------------------------------------------------------------------------------------------------------------
+def np_softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def np_layer_norm(x, scale, shift):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + shift
+
+
+def np_mish(y):
+    return y * np.tanh(np.logaddexp(0.0, y))
+
+
+def np_simnorm(x, group):
+    return np.concatenate([np_softmax(x[..., i:i + group]) for i in range(0, x.shape[-1], group)], -1)
+
+
+def np_mlp(layers, x, action=None, keep=None):
+    """[Linear, dropout, LayerNorm, Mish]*, Linear on the concatenation [x, action]; the weights made float64."""
+    layers = float64(layers)
+    weights = [layer["w"] for layer in layers]
+    if action is not None:
+        lead = np.broadcast_shapes(x.shape[:-1], action.shape[:-1])
+        x, action = (np.broadcast_to(y, (*lead, y.shape[-1])).astype(np.float64) for y in (x, action))
+        x, weights[0] = np.concatenate([x, action], -1), np.concatenate([weights[0], layers[0]["w_action"]])
+    for i, layer in enumerate(layers):
+        x = x @ weights[i] + layer["b"]
+        if i == 0 and keep is not None:
+            x = x * np.asarray(keep).reshape(x.shape)
+        if i < len(layers) - 1:
+            x = np_mish(np_layer_norm(x, layer["scale"], layer["shift"]))
+    return x
+
+
+def np_latent(args, layers, x, action=None):
+    last = float64(layers[-1])
+    return np_simnorm(np_layer_norm(np_mlp(layers, x, action), last["scale"], last["shift"]), args.simnorm_dim)
+
+
+def one_head(layers, k):
+    """Head k of an ensemble."""
+    return jax.tree.map(lambda x: x[k], layers)
+
+
+def np_heads(args, layers, z, action):
+    """(K, ...): read-outs of an ensemble, head after head."""
+    return np.stack([np_read_out(np_mlp(one_head(layers, k), z, action), args.bin_limit)
+                     for k in range(len(layers[0]["b"]))])
+
+
+def np_symlog(x):
+    return np.sign(x) * np.log(1.0 + np.abs(x))
+
+
+def np_symexp(x):
+    return np.sign(x) * (np.exp(np.abs(x)) - 1.0)
+
+
+def np_read_out(logits, limit):
+    return np_symexp(np_softmax(logits) @ np.linspace(-limit, limit, logits.shape[-1]))
+
+
+def np_two_hot(x, num_bins, limit):
+    """One number -> (M,), by looking for the two bins around it."""
+    bins, weights = np.linspace(-limit, limit, num_bins), np.zeros(num_bins)
+    position = np.clip(np_symlog(float(x)), -limit, limit)
+    low = int(np.clip(np.searchsorted(bins, position, side="right") - 1, 0, num_bins - 2))
+    weights[low + 1] = (position - bins[low]) / (bins[low + 1] - bins[low])
+    weights[low] = 1.0 - weights[low + 1]
+    return weights
+
+
+def np_cross_entropy(logits, target):
+    return -np.sum(target * np.log(np_softmax(logits) + 1e-300), -1)
+
+
+def np_policy(args, policy, z):
+    """Mean before tanh, log-std."""
+    mean, raw = np.split(np_mlp(policy, z), 2, -1)
+    return mean, args.log_std_min + 0.5 * (args.log_std_max - args.log_std_min) * (np.tanh(raw) + 1.0)
