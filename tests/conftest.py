@@ -1,6 +1,7 @@
 """Shared by the tests: the import path, checks that are on for all of them, small flags, random weights, and the
 networks of METHOD §3 once more, in float64 NumPy, as the reference that expected numbers come from."""
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -9,11 +10,15 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.key_reuse import _core as key_reuse
 
-from spowl_continuous import Args
+from spowl_continuous import AgentState, Args, init_agent
 
 jax.config.update("jax_debug_key_reuse", True)  # every test fails where a random key is used twice
+key_reuse.key_reuse_signatures[jax.lax.transpose_p] = key_reuse.KeyReuseSignature(key_reuse.Forward(0, 0))
+# (JAX does not know that a transposed key is the same key, and so refuses every scan over keys under vmap)
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 where there is a GPU
+jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the tests' time
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
 
@@ -27,10 +32,26 @@ def small_args(**changes):
     return Args(**(SMALL | changes))
 
 
-def randomised(tree, seed, scale=0.3):
-    """A tree of parameters with noise on every leaf, so that no layer, bias, scale or shift stays at its start."""
+def random_weights(shapes, seed, spread=0.3):
+    """Parameters for a tree of shapes with noise on every leaf: no bias, scale or shift is at its start, no layer 0."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree)
+
+    def fill(path, leaf):
+        start = 1.0 if "'scale'" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(start + spread * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def random_agent(args, obs_dim, action_dim, seed=0, spread=0.3):
+    """An agent before its first update with random weights, target heads of their own included."""
+    shapes = jax.eval_shape(partial(init_agent, args, obs_dim=obs_dim, action_dim=action_dim), jax.random.key(0))
+    model, policy, target = (random_weights(part, seed + i, spread)
+                             for i, part in enumerate((shapes.model, shapes.policy, shapes.target)))
+    model_opt, policy_opt = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)
+                             for part in (shapes.model_opt, shapes.policy_opt))
+    numbers = (jnp.asarray(x, jnp.float32) for x in (args.lambda_init, args.mu_init, 1.0))
+    return AgentState(model, policy, target, model_opt, policy_opt, *numbers, jax.random.key(seed), jnp.int32(0))
 
 
 def fixed_policy(mean, raw_log_std, latent_dim=16, width=4):

@@ -1,5 +1,6 @@
 """METHOD §3: symlog and two-hot regression, SimNorm, Mish, layer norm, masked means."""
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from spowl_continuous import (cross_entropy, layer_norm, masked_mean, norm_mish, read_out, sim_norm, symexp, symlog,
                               two_hot)
 
+symlog, symexp, layer_norm = jax.jit(symlog), jax.jit(symexp), jax.jit(layer_norm)
+two_hot, read_out, sim_norm = jax.jit(two_hot, static_argnums=(1, 2)), jax.jit(read_out), jax.jit(sim_norm, static_argnums=1)
+cross_entropy, masked_mean, norm_mish = jax.jit(cross_entropy), jax.jit(masked_mean), jax.jit(norm_mish)
 NUMBERS = np.array([0.0, 1e-4, 0.03, -0.03, 0.5, 1.0, -1.0, 3.7, -25.0, 144.4, -2000.0, 21000.0])
 any_float = st.floats(width=32, allow_nan=False)
 
@@ -158,24 +162,29 @@ def test_norm_mish_values():
     assert norm_mish(jnp.ones(2), jnp.ones(2), jnp.ones(2))[0] == pytest.approx(0.8650984, rel=1e-6)
 
 
+@partial(jax.jit, static_argnums=0)
+def gradients(function, inputs, cotangent):
+    return jax.vjp(function, *inputs)[1](cotangent)
+
+
 @pytest.mark.parametrize("largest", [1.0, 8.0, 60.0, 1e4])
 def test_norm_mish_gradients(largest):
     """§3: all three gradients equal automatic differentiation of the plain composition, in float64 and float32."""
     with jax.enable_x64(True):
         inputs = tuple(a.astype(jnp.float64) for a in mish_inputs(largest=largest))
         cotangent = jnp.asarray(np.random.default_rng(2).normal(size=inputs[0].shape))
-        exact = jax.vjp(plain_norm_mish, *inputs)[1](cotangent)
-        for ours, expected in zip(jax.vjp(norm_mish, *inputs)[1](cotangent), exact, strict=True):
+        exact = gradients(plain_norm_mish, inputs, cotangent)
+        for ours, expected in zip(gradients(norm_mish, inputs, cotangent), exact, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9 * largest)
     inputs, cotangent = mish_inputs(largest=largest), jnp.asarray(np.asarray(cotangent, np.float32))
-    for ours, expected in zip(jax.vjp(norm_mish, *inputs)[1](cotangent), exact, strict=True):
+    for ours, expected in zip(gradients(norm_mish, inputs, cotangent), exact, strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-5 * max(largest, 1.0))
 
 
 def test_norm_mish_gradient_at_extremes():
     """§3: the slope is 1 far right, 0 far left, 0.6 at 0, and never NaN."""
-    shift = jnp.array([-1e30, -90.0, -25.0, 0.0, 19.9, 20.1, 90.0, 1e30])
+    shift = jnp.array([-1e9, -90.0, -25.0, 0.0, 19.9, 20.1, 90.0, 1e9])
     slope = jax.grad(lambda shift: norm_mish(jnp.ones(8), jnp.ones(8), shift).sum())(shift)
     np.testing.assert_allclose(slope, [0.0, 0.0, 0.0, 0.6, 1.0, 1.0, 1.0, 1.0], atol=1e-6)
 
@@ -184,12 +193,12 @@ def test_norm_mish_under_vmap():
     """§3: an ensemble is a vmap over heads: values and gradients are those of a loop over them."""
     rng = np.random.default_rng(3)
     x, scale, shift, cotangent = (jnp.asarray(rng.normal(size=s)) for s in ((3, 4, 6), (3, 6), (3, 6), (3, 4, 6)))
-    out, pull = jax.vjp(jax.vmap(norm_mish), x, scale, shift)
-    grads = pull(cotangent)
+    out = jax.jit(jax.vmap(norm_mish))(x, scale, shift)
+    grads = gradients(jax.vmap(norm_mish), (x, scale, shift), cotangent)
     for k in range(3):
-        head_out, head_pull = jax.vjp(plain_norm_mish, x[k], scale[k], shift[k])
-        np.testing.assert_allclose(out[k], head_out, atol=1e-5)
-        for ours, expected in zip(grads, head_pull(cotangent[k]), strict=True):
+        np.testing.assert_allclose(out[k], jax.jit(plain_norm_mish)(x[k], scale[k], shift[k]), atol=1e-5)
+        exact = gradients(plain_norm_mish, (x[k], scale[k], shift[k]), cotangent[k])
+        for ours, expected in zip(grads, exact, strict=True):
             np.testing.assert_allclose(ours[k], expected, atol=2e-5)
 
 

@@ -1,0 +1,323 @@
+"""The simulator side (METHOD §2): what an environment's process answers, on scripted environments and on the real ones."""
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_args
+
+import spowl_continuous as spowl
+from spowl_continuous import Args, Envs, check_env_id, env_worker, episode_seed, reset_envs, step_envs
+
+POINT_SIZES = (60, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scripted environments
+# ----------------------------------------------------------------------------------------------------------------------
+def box(low, high):
+    low, high = (np.asarray(bound, np.float32) for bound in (low, high))
+    return types.SimpleNamespace(low=low, high=high, shape=low.shape)
+
+
+class Scripted:
+    """Observes (episode number, steps in it), counted from 0; pays 1 and costs 0.25 a step; ends after `length` steps."""
+
+    def __init__(self, length=7, ends_by="truncation", low=(-1.0,), high=(1.0,), fails_at=None):
+        self.length, self.ends_by, self.fails_at = length, ends_by, fails_at
+        self.observation_space, self.action_space = box([-9.0, -9.0], [9.0, 9.0]), box(low, high)
+        self.episode, self.seeds, self.actions = -1, [], []
+
+    def observe(self):
+        return np.array([self.episode, self.steps], np.float64)
+
+    def reset(self, seed=None):
+        self.episode, self.steps, self.seeds = self.episode + 1, 0, self.seeds + [seed]
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.steps < self.length, "stepped past the end"
+        self.steps, self.actions = self.steps + 1, self.actions + [np.array(action)]
+        if self.steps == self.fails_at:
+            raise RuntimeError("the floor gave way")
+        over = self.steps == self.length
+        return self.observe(), 1.0, 0.25, over and self.ends_by == "termination", over and self.ends_by != "termination", {}
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """worker(env, commands) runs env_worker on that environment -> its answers, without the sizes sent first.
+
+    The commands wait in the pipe beforehand, so no second process or thread is needed."""
+    interrupt = signal.getsignal(signal.SIGINT)
+
+    def run(env, commands, action_repeat=5, **place):
+        monkeypatch.setattr(spowl, "import_safety_gymnasium", lambda: types.SimpleNamespace(make=lambda name: env))
+        ours, theirs = multiprocessing.Pipe()
+        for command in commands + [(None, None)]:
+            ours.send(command)
+        where = {"seed": 1, "stream": 0, "index": 0} | place
+        env_worker(theirs, "Scripted-v0", action_repeat, **where, render=False)
+        answers = []
+        while ours.poll():
+            answers.append(ours.recv())
+        return answers[1:]
+
+    yield run
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def step_with(*action):
+    return "step", np.array(action, np.float32)
+
+
+def test_sizes_are_sent_first_and_reset_gives_float32(worker, monkeypatch):
+    answer = worker(Scripted(), [("reset", 0)])[0]
+    assert answer.dtype == np.float32 and answer.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("action, expected", [
+    ((0.0, 0.0), (5.0, 0.0)), ((1.0, 1.0), (20.0, 0.785)), ((-1.0, -1.0), (-10.0, -0.785)),
+    ((0.5, -0.5), (12.5, -0.3925)), ((3.0, -1.5), (20.0, -0.785))])
+def test_actions_are_rescaled_to_the_bounds_and_clipped(worker, action, expected):
+    env = Scripted(low=(-10.0, -0.785), high=(20.0, 0.785))
+    worker(env, [("reset", 0), step_with(*action)], action_repeat=1)
+    assert np.allclose(env.actions, [expected])
+
+
+def test_action_repeat_sums_rewards_and_costs(worker):
+    env = Scripted(length=100)
+    obs, next_obs, reward, cost, terminated, truncated, steps = worker(env, [("reset", 0), step_with(0.3)])[1]
+    assert obs.tolist() == next_obs.tolist() == [0.0, 5.0]
+    assert (reward, cost, terminated, truncated, steps) == (5.0, 1.25, False, False, 5)
+    assert len(env.actions) == 5 and np.ptp(env.actions) == 0.0
+
+
+@pytest.mark.parametrize("ends_by", ["termination", "truncation"])
+def test_action_repeat_stops_at_the_end_and_the_next_episode_begins(worker, ends_by):
+    """METHOD §2: stop early at the episode's end. The answer holds its last observation and the next one's first."""
+    answers = worker(Scripted(length=7, ends_by=ends_by), [("reset", 0)] + 3 * [step_with(0.0)])
+    obs, next_obs, reward, cost, terminated, truncated, steps = answers[2]
+    assert next_obs.tolist() == [0.0, 7.0] and obs.tolist() == [1.0, 0.0]
+    assert obs.dtype == next_obs.dtype == np.float32
+    assert (reward, cost, steps) == (2.0, 0.5, 2)
+    assert (terminated, truncated) == (ends_by == "termination", ends_by == "truncation")
+    assert answers[3][0].tolist() == [1.0, 5.0] and answers[3][6] == 5
+
+
+def test_an_end_on_the_last_repeat_is_seen_once(worker):
+    answers = worker(Scripted(length=10), [("reset", 0)] + 3 * [step_with(0.0)])
+    assert [answer[5] for answer in answers[1:]] == [False, True, False]
+    assert [answer[6] for answer in answers[1:]] == [5, 5, 5]
+
+
+def test_every_episode_has_the_seed_of_its_counters(worker):
+    """Episodes are numbered from the one that `reset` names; each one that follows by itself counts one up."""
+    env, place = Scripted(length=5), {"seed": 3, "stream": 1, "index": 4}
+    worker(env, [("reset", 2)] + 2 * [step_with(0.0)] + [("reset", 9), step_with(0.0)], **place)
+    assert env.seeds == [episode_seed(3, 1, 4, episode) for episode in (2, 3, 4, 9, 10)]
+
+
+def test_episode_seeds_are_distinct_and_reproducible():
+    places = [(seed, stream, env, episode) for seed in (0, 1, 2) for stream in (0, 1, 2) for env in range(10)
+              for episode in range(20)]
+    seeds = [episode_seed(*place) for place in places]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [episode_seed(*place) for place in places]
+    assert all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+
+
+def test_a_failing_environment_answers_with_text(worker):
+    answers = worker(Scripted(fails_at=3), [("reset", 0), step_with(0.0)])
+    assert answers[1] == "RuntimeError: the floor gave way"
+
+
+def test_observations_that_are_not_flat_are_refused(worker, monkeypatch):
+    """Pictures and dictionaries (whose space has no shape) alike, in words that name the observation."""
+    for shape in ((64, 64, 3), None):
+        env = Scripted()
+        env.observation_space = types.SimpleNamespace(shape=shape)
+        ours, theirs = multiprocessing.Pipe()
+        monkeypatch.setattr(spowl, "import_safety_gymnasium", lambda: types.SimpleNamespace(make=lambda name: env))
+        env_worker(theirs, "Scripted-v0", 5, 1, 0, 0, False)
+        assert "observations are not a flat vector" in ours.recv()
+        assert not ours.poll()
+
+
+@pytest.fixture
+def scripted_envs(monkeypatch):
+    """scripted_envs(envs) -> Envs whose workers are threads of this process on those environments."""
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # only a main thread may call it
+    opened = []
+
+    def start(envs, action_repeat=5):
+        simulators = types.SimpleNamespace(make=lambda name: envs[int(name)])
+        monkeypatch.setattr(spowl, "import_safety_gymnasium", lambda: simulators)
+        for index in range(len(envs)):
+            ours, theirs = multiprocessing.Pipe()
+            thread = threading.Thread(target=env_worker, daemon=True,
+                                      args=(theirs, str(index), action_repeat, 1, 0, index, False))
+            thread.start()
+            opened.append((ours, thread))
+        sizes = [ours.recv() for ours, _ in opened]
+        return Envs("Scripted-v0", [thread for _, thread in opened], [ours for ours, _ in opened], *sizes[0])
+
+    yield start
+    for ours, thread in opened:
+        ours.send((None, None))
+        thread.join(timeout=10)
+
+
+def play(envs, agent_steps):
+    """Every EnvStep of that many agent steps with random actions."""
+    obs, steps = reset_envs(envs, [0] * len(envs.pipes)), []
+    for action in np.random.default_rng(0).uniform(-1, 1, (agent_steps, len(envs.pipes), envs.action_dim)):
+        steps.append(step_envs(envs, obs, action.astype(np.float32)))
+        obs = steps[-1].obs
+    return steps
+
+
+def test_termination_and_truncation_reach_the_transition(scripted_envs):
+    """METHOD §2: an episode ends by termination (bootstrap stops) or by truncation (bootstrap continues)."""
+    envs = scripted_envs([Scripted(7, "termination"), Scripted(12, "truncation"), Scripted(1000)])
+    steps = play(envs, 3)
+    done = np.array([step.transition.done for step in steps])
+    terminated = np.array([step.transition.terminated for step in steps])
+    assert done.T.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
+    assert terminated.T.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert np.array([step.steps for step in steps]).T.tolist() == [[5, 2, 5], [5, 5, 2], [5, 5, 5]]
+    assert all(field.dtype == np.float32 for field in steps[0].transition)
+
+
+def test_no_row_of_the_buffer_joins_two_episodes(scripted_envs):
+    """METHOD §2, on numbered transitions: within a row the episode stays the same and its steps go on by the repeat;
+    a row that follows an end begins at step 0 of the next episode."""
+    lengths = (7, 12, 20)
+    envs = scripted_envs([Scripted(length, end) for length, end in zip(lengths, ("termination", "truncation", "both"))])
+    buffer = spowl.init_buffer(small_args(num_envs=3, buffer_size=60), envs.obs_dim, envs.action_dim)
+    for step in play(envs, 25):  # the ring holds 20: it wraps
+        buffer = spowl.add(buffer, step.transition)
+    rows = jax.tree.map(lambda x: np.roll(np.asarray(x), -int(buffer.head), axis=0), buffer.rows)  # oldest first
+    (episode, number), (next_episode, next_number) = np.moveaxis(rows.obs, -1, 0), np.moveaxis(rows.next_obs, -1, 0)
+    assert int(buffer.size) == 20 and (rows.done.sum(0) > 2).all()
+    assert (episode == next_episode).all()
+    assert (next_number == np.minimum(number + 5, lengths)).all()
+    assert (rows.done == (next_number == lengths)).all()
+    assert (rows.reward == next_number - number).all() and (rows.cost == 0.25 * rows.reward).all()
+    ended = rows.done[:-1] > 0
+    assert (episode[1:] == np.where(ended, episode[:-1] + 1, episode[:-1])).all()
+    assert (number[1:] == np.where(ended, 0.0, next_number[:-1])).all()
+
+
+def test_a_failure_becomes_one_line_with_environment_and_task(scripted_envs):
+    envs = scripted_envs([Scripted(), Scripted(fails_at=6)])
+    with pytest.raises(SystemExit) as stop:
+        play(envs, 3)
+    assert str(stop.value) == "environment 1 of Scripted-v0 failed: RuntimeError: the floor gave way"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safety-Gymnasium itself, in processes
+# ----------------------------------------------------------------------------------------------------------------------
+def start(task="SafetyPointGoal1-v0", num_envs=1, seed=1, stream=0, **args):
+    return spowl.start_envs(Args(env_id=task, seed=seed, **args), stream, num_envs, start_method="spawn")
+
+
+@pytest.fixture(scope="module")
+def point_envs():
+    """Three processes of PointGoal1: tests that kill one come last and take the last of them."""
+    envs = start(num_envs=3)
+    yield envs
+    spowl.close_envs(envs)
+    assert not any(process.is_alive() for process in envs.processes)
+
+
+def test_real_sizes(point_envs):
+    obs = reset_envs(point_envs, [0, 0, 0])
+    assert (point_envs.obs_dim, point_envs.action_dim) == POINT_SIZES and obs.shape == (3, 60)
+    step = step_envs(point_envs, obs, np.ones((3, 2), np.float32))
+    assert step.obs.shape == step.transition.next_obs.shape == (3, 60) and step.transition.action.shape == (3, 2)
+    assert all(field.shape == (3,) for field in step.transition[2:4]) and step.steps.tolist() == [5, 5, 5]
+    assert np.isfinite(step.obs).all() and not np.array_equal(step.obs, obs)
+
+
+def test_real_episodes_repeat_with_their_seed(point_envs):
+    """The same episode again to the last bit; other environments and other episodes begin elsewhere."""
+    def first_steps(episode):
+        obs, seen = reset_envs(point_envs, [episode] * 3), []
+        for action in np.random.default_rng(0).uniform(-1, 1, (8, 3, 2)).astype(np.float32):
+            step = step_envs(point_envs, obs, action)
+            obs = step.obs
+            seen.append(np.concatenate([obs, step.transition.reward[:, None], step.transition.cost[:, None]], -1))
+        return np.stack(seen)
+
+    once, other, again = first_steps(0), first_steps(1), first_steps(0)
+    assert np.array_equal(once, again)
+    assert not np.array_equal(once, other)
+    assert not np.array_equal(once[:, 0], once[:, 1])
+
+
+def test_a_real_episode_is_1000_steps_and_truncated(point_envs):
+    steps = play(point_envs, 201)
+    done = np.array([step.transition.done for step in steps])
+    assert done[199].tolist() == [1, 1, 1] and done.sum() == 3
+    assert not any(step.transition.terminated.any() for step in steps)
+    assert all(step.transition.cost.max() <= 5.0 for step in steps)
+
+
+@pytest.mark.parametrize("reset_only", [True, False])
+def test_a_killed_process_becomes_one_line(point_envs, reset_only):
+    """Whether it dies while it is waiting, before a step or before a reset."""
+    obs = np.zeros((3, 60), np.float32)
+    point_envs.processes[2].kill()
+    point_envs.processes[2].join()
+    with pytest.raises(SystemExit) as stop:
+        reset_envs(point_envs, [0] * 3) if reset_only else step_envs(point_envs, obs, np.zeros((3, 2), np.float32))
+    assert re.fullmatch(r"environment 2 of SafetyPointGoal1-v0 failed: .*exit code -9", str(stop.value))
+
+
+def test_a_process_that_dies_during_its_step_becomes_one_line():
+    """The parent is waiting for an answer that never comes."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(3,))
+    process.start()
+    theirs.close()
+    with pytest.raises(SystemExit) as stop:
+        spowl.receive(Envs("SafetyPointGoal1-v0", [process], [ours], 60, 2), 0)
+    assert str(stop.value) == "environment 0 of SafetyPointGoal1-v0 failed: its process ended with exit code 3"
+
+
+def test_a_vision_task_is_refused_in_one_clear_line():
+    with pytest.raises(SystemExit) as stop:
+        start("SafetyPointGoal1Vision-v0")
+    message = str(stop.value)
+    assert "\n" not in message and "SafetyPointGoal1Vision-v0" in message
+    assert "observations are not a flat vector" in message
+
+
+@pytest.mark.parametrize("task, near", [
+    ("SafetyPointGoal1", "SafetyPointGoal1-v0"), ("SafetyCarGoal1-v1", "SafetyCarGoal1-v0"),
+    ("safetyantgoal1-v0", "SafetyAntGoal1-v0"), ("SafetyDogoGoal1-v0", "SafetyDoggoGoal1-v0")])
+def test_an_unknown_task_names_the_nearest(task, near):
+    with pytest.raises(SystemExit) as stop:
+        check_env_id(task)
+    message = str(stop.value)
+    assert message.startswith(f"--env-id {task} is unknown; did you mean ") and near in message and "\n" not in message
+
+
+def test_a_task_unlike_all_others_is_refused_too():
+    with pytest.raises(SystemExit, match="--env-id zzz is unknown"):
+        check_env_id("zzz")
+
+
+@pytest.mark.parametrize("task", [
+    "SafetyPointGoal1-v0", "SafetyPointGoal2-v0", "SafetyPointPush1-v0", "SafetyPointButton1-v0", "SafetyCarGoal1-v0",
+    "SafetyDoggoGoal1-v0", "SafetyAntGoal1-v0"])
+def test_the_tasks_of_the_paper_are_known(task):
+    """METHOD §2: the seven tasks of Table 1."""
+    check_env_id(task)

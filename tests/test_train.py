@@ -1,0 +1,620 @@
+"""Whole runs from the command line, small: what they write, go on from, repeat to the last bit, and refuse."""
+import ast
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import spowl_continuous as spowl
+from spowl_continuous import Args, Envs, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "spowl_continuous.py"
+TINY = ("--num-envs 2 --learning-starts 500 --train-every 500 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-bins 21 "
+        "--num-samples 16 --num-elites 4 --num-pi-trajs 4 --iterations 2 --batch-size 8 --bootstrap-samples 50").split()
+POINT = TINY + "--total-timesteps 2500 --action-repeat 25 --buffer-size 120 --eval-every 1000 --eval-episodes 2".split()
+SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d, cost (\d+\.\d) ± \d+\.\d over (\d+) episodes, "
+                     r"cost rate (0\.\d{4}), balance \d+%, wall time \d+:\d\d:\d\d")
+TAGS = """charts/episodic_return charts/episodic_cost charts/episodic_length charts/cost_rate charts/SPS charts/balance
+eval/episodic_return eval/episodic_cost losses/consistency losses/reward losses/cost losses/value losses/cost_value
+losses/policy losses/psi losses/total lagrangian/lambda lagrangian/mu lagrangian/violation planner/reward_threshold
+planner/cost_threshold planner/num_improving planner/no_improvement time/env time/act time/update""".split()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Where the runs of this file go. What one of them compiles is kept for the next."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def environment(place):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled"), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | cache | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def command(place, *words):
+    """Run python with those words in `place` -> the finished process."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment(place), capture_output=True,
+                          text=True, timeout=900)
+
+
+def run(place, *flags):
+    """Run the script, which must succeed."""
+    finished = command(place, SCRIPT, *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished
+
+
+def train(place, *flags):
+    """Train into a directory of its own -> the run's directory, the finished process."""
+    runs = place / f"runs{len(list(place.iterdir()))}"
+    finished = run(place, "--runs-dir", runs, *flags)
+    (directory,) = runs.iterdir()
+    return types.SimpleNamespace(dir=directory, stdout=finished.stdout, stderr=finished.stderr)
+
+
+@pytest.fixture(scope="session")
+def point(place):
+    """The run that most tests look at: five blocks of 500 steps, evaluated at 1000, 2000 and 2500."""
+    return train(place, *POINT)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(run_dir):
+    with np.load(run_dir / "checkpoint.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop("counters"))), arrays
+
+
+def scalars(run_dir):
+    """{tag: [(step, value), ...]} of a run's TensorBoard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0}).Reload()
+    return {tag: [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
+            for tag in events.Tags()["tensors"]}
+
+
+def same_arrays(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run writes
+# ----------------------------------------------------------------------------------------------------------------------
+def test_run_directory_is_named_after_task_experiment_and_seed(point):
+    assert re.fullmatch(r"SafetyPointGoal1-v0__spowl_continuous__1__\d+", point.dir.name)
+
+
+def test_args_json_holds_all_flags_and_versions(point):
+    info = json.loads((point.dir / "args.json").read_text())
+    assert info["script"] == "spowl_continuous" and info["python"] == sys.version.split()[0]
+    assert info["args"] == dataclasses.asdict(parse_args(POINT + ["--runs-dir", str(point.dir.parent)]))
+    assert info["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", info["git_commit"])
+    assert {"jax", "numpy", "mujoco", "safety-gymnasium", "gymnasium"} <= info["packages"].keys()
+    assert all(version == metadata.version(name) for name, version in info["packages"].items())
+
+
+def test_episodes_csv_has_every_episode_once(point):
+    """METHOD §8. Two environments of 1000 steps each: their first training episodes end at step 2000."""
+    rows = rows_of(point.dir / "episodes.csv")
+    assert list(rows[0]) == ["split", "step", "environment", "return", "cost", "length"]
+    expected = [("eval", 1000), ("train", 2000), ("eval", 2000), ("eval", 2500)]
+    assert [(row["split"], int(row["step"]), int(row["environment"])) for row in rows] == [
+        (split, step, environment) for split, step in expected for environment in (0, 1)]
+    assert all(row["length"] == "1000" for row in rows)
+    assert all(float(row["cost"]) % 1 == 0 and 0 <= float(row["cost"]) <= 1000 for row in rows)
+    assert len({row["return"] for row in rows}) == len(rows)
+
+
+def test_every_tag_is_logged(point):
+    """DESIGN's list of tags."""
+    logged = scalars(point.dir)
+    assert set(TAGS) <= logged.keys()
+    assert all(np.isfinite(value) for points in logged.values() for _, value in points)
+
+
+def test_the_axis_is_simulator_steps(point):
+    logged = {tag: [step for step, _ in points] for tag, points in scalars(point.dir).items()}
+    every_block = [500, 1000, 1500, 2000, 2500]
+    assert all(logged[tag] == every_block for tag in ("charts/cost_rate", "charts/SPS", "losses/total", "time/env"))
+    assert logged["charts/balance"] == logged["planner/num_improving"] == every_block[1:]  # random actions before
+    assert logged["charts/episodic_return"] == [2000]
+    assert logged["eval/episodic_return"] == logged["eval/episodic_cost"] == [1000, 2000, 2500]
+
+
+def test_logged_numbers_agree_with_the_csv(point):
+    """METHOD §8: the cost rate is all training cost so far over all training steps so far."""
+    logged = {tag: dict(points) for tag, points in scalars(point.dir).items()}
+    rows = rows_of(point.dir / "episodes.csv")
+    mean = lambda split, step, name: np.mean(
+        [float(row[name]) for row in rows if row["split"] == split and row["step"] == str(step)])
+    for step in (1000, 2000, 2500):
+        assert np.isclose(logged["eval/episodic_return"][step], mean("eval", step, "return"), rtol=1e-5)
+        assert np.isclose(logged["eval/episodic_cost"][step], mean("eval", step, "cost"), rtol=1e-5)
+    assert np.isclose(logged["charts/episodic_return"][2000], mean("train", 2000, "return"), rtol=1e-5)
+    assert np.isclose(logged["charts/episodic_cost"][2000], mean("train", 2000, "cost"), rtol=1e-5)
+    assert logged["charts/episodic_length"][2000] == 1000
+    assert np.isclose(logged["charts/cost_rate"][2000], 2 * mean("train", 2000, "cost") / 2000, rtol=1e-5)
+    shares = np.array([[logged[f"time/{part}"][step] for step in logged["time/env"]] for part in ("env", "act", "update")])
+    assert (shares >= 0).all() and (shares.sum(0) <= 1.0 + 1e-6).all()
+    assert all(0 <= share <= 1 for share in logged["charts/balance"].values())
+
+
+def test_summary_lines_are_printed(point):
+    found = [match.groups() for match in map(SUMMARY.fullmatch, point.stdout.splitlines()) if match]
+    assert [(step, episodes) for step, _, _, episodes, _ in found] == [(s, "2") for s in ("1,000", "2,000", "2,500")]
+    last = [float(row["return"]) for row in rows_of(point.dir / "episodes.csv")[-2:]]
+    assert float(found[-1][1]) == pytest.approx(np.mean(last), abs=0.006)
+    assert f"{point.dir}: 60 observations, 2 actions" in point.stdout
+
+
+def test_checkpoint_counts_what_was_done(point):
+    """METHOD §2: one gradient update per agent step collected; 500 steps of random actions."""
+    counters, arrays = checkpoint(point.dir)
+    assert (counters["step"], counters["simulated"]) == (2500, 2500)
+    assert counters["episodes"] == [2, 2]  # numbers 0 is over, 1 was running: a resumed run begins number 2
+    assert arrays["['agent'].num_updates"] == 2500 // 25
+    assert arrays["['actor'].step"] == (2500 - 500) // 50
+    assert arrays["['buffer'].size"] == arrays["['buffer'].head"] == 2500 // 50
+    rows = arrays["['buffer'].rows.reward"]
+    assert rows.shape == (50, 2) and arrays["['buffer'].rows.obs"].shape == (50, 2, 60)
+    assert counters["cost"] == arrays["['buffer'].rows.cost"].sum()
+    episodes = [float(row["return"]) for row in rows_of(point.dir / "episodes.csv") if row["split"] == "train"]
+    assert np.allclose(rows[:40].sum(0), episodes, atol=1e-4)
+    assert (np.flatnonzero(arrays["['buffer'].rows.done"][:, 0]) == [39]).all()
+    assert not list(point.dir.glob("*.tmp"))
+
+
+def test_actions_are_random_first_and_stay_in_range(point):
+    """METHOD §2: uniform random actions in the first 500 steps (10 rows), all actions in [-1, 1]."""
+    actions = checkpoint(point.dir)[1]["['buffer'].rows.action"]
+    assert np.unique(actions[:10]).size == 40 and np.abs(actions[:10]).max() < 1.0
+    assert abs(actions[:10].mean()) < 0.3 and 0.4 < actions[:10].std() < 0.75
+    assert np.abs(actions).max() <= 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same numbers again
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def unevaluated(place):
+    """The same run, but evaluated only at its end."""
+    return train(place, *POINT, "--eval-every", 0)
+
+
+def test_same_seed_gives_the_same_numbers_and_evaluation_touches_nothing(point, unevaluated):
+    """Agent, actor and replay buffer are bitwise equal after two runs of one seed, though one was evaluated midway."""
+    counters, arrays = checkpoint(point.dir)
+    other_counters, other_arrays = checkpoint(unevaluated.dir)
+    assert same_arrays(arrays, other_arrays)
+    assert counters | {"wall_time": 0} == other_counters | {"wall_time": 0}
+    rows, other_rows = (rows_of(directory / "episodes.csv") for directory in (point.dir, unevaluated.dir))
+    assert [row for row in rows if row["split"] == "train" or row["step"] == "2500"] == other_rows
+
+
+@pytest.fixture(scope="session")
+def other_seed(place):
+    """Seed 2, evaluated by one episode, which needs fewer environments than training; says what was compiled."""
+    code = ("import sys; from spowl_continuous import *; train(parse_args(sys.argv[1:]));"
+            "print('compiled', act._cache_size(), update_many._cache_size(), add._cache_size())")
+    finished = command(place, "-c", code, "--runs-dir", place / "other", *POINT, "--seed", 2, "--eval-episodes", 1)
+    assert finished.returncode == 0, finished.stderr
+    (directory,) = (place / "other").iterdir()
+    return types.SimpleNamespace(dir=directory, stdout=finished.stdout)
+
+
+def test_every_jitted_function_is_compiled_once(other_seed):
+    assert "compiled 1 1 1" in other_seed.stdout
+
+
+def test_another_seed_gives_other_numbers(point, other_seed):
+    """Networks, random actions, layouts: all of them follow from the seed."""
+    arrays, other = checkpoint(point.dir)[1], checkpoint(other_seed.dir)[1]
+    names = [name for name, array in arrays.items() if array.size > 50 and "scale" not in name and "shift" not in name]
+    names = [name for name in names if ".done" not in name and ".terminated" not in name and "cost" not in name]
+    assert len(names) > 20 and not any(np.array_equal(arrays[name], other[name]) for name in names)
+    assert not (arrays["['buffer'].rows.obs"][0] == other["['buffer'].rows.obs"][0]).all(-1).any()
+    assert rows_of(point.dir / "episodes.csv")[0]["return"] != rows_of(other_seed.dir / "episodes.csv")[0]["return"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --evaluate and video
+# ----------------------------------------------------------------------------------------------------------------------
+def can_draw(place):
+    """Whether MuJoCo gets a picture without a screen on this machine (EGL), and why not."""
+    code = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
+    finished = subprocess.run([sys.executable, "-c", code], env=environment(place) | {"MUJOCO_GL": "egl"},
+                              capture_output=True, text=True, timeout=300)
+    return finished.returncode == 0, finished.stderr.strip().rpartition("\n")[2]
+
+
+@pytest.fixture(scope="session")
+def evaluated(place, point):
+    """A copy of the run, evaluated by one episode more than in training, with a video where one can be drawn."""
+    directory = place / "evaluated" / point.dir.name
+    shutil.copytree(point.dir, directory)
+    draws, reason = can_draw(place)
+    finished = run(place, "--evaluate", directory, "--eval-episodes", 3, *(["--capture-video"] if draws else []))
+    return types.SimpleNamespace(dir=directory, stdout=finished.stdout, draws=draws, reason=reason)
+
+
+def test_evaluation_alone_gives_the_same_episodes_again(point, evaluated):
+    """METHOD §2: evaluation has fixed seeds: what training measured last comes out again, in another process, filmed
+    or not, whatever the number of episodes."""
+    rows, training = rows_of(evaluated.dir / "evaluation.csv"), rows_of(point.dir / "episodes.csv")
+    assert rows[:2] == training[-2:]
+    assert [row["environment"] for row in rows] == ["0", "1", "2"] and len({row["return"] for row in rows}) == 3
+    assert SUMMARY.search(evaluated.stdout).group(1, 4) == ("2,500", "3")
+
+
+def test_evaluation_alone_changes_nothing_else(point, evaluated):
+    for name in ("episodes.csv", "checkpoint.npz", "args.json"):
+        assert (point.dir / name).read_bytes() == (evaluated.dir / name).read_bytes()
+
+
+def test_video_shows_the_first_episode(evaluated):
+    """One picture of 256x256 per agent step but the last, and the scene moves."""
+    if not evaluated.draws:
+        pytest.skip(f"MuJoCo cannot draw without a screen here: {evaluated.reason}")
+    import imageio
+
+    frames = np.stack(imageio.mimread(evaluated.dir / "videos" / "evaluation_2500.mp4", memtest=False)).astype(float)
+    assert frames.shape == (39, 256, 256, 3)
+    assert frames.std(axis=(1, 2, 3)).min() > 10.0
+    assert np.abs(frames[0] - frames[-1]).max() > 30.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --resume
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def resumed(place, point):
+    """A copy of the run after it was stopped later than its checkpoint, gone on with to 4500 steps."""
+    directory = place / "resumed" / point.dir.name
+    shutil.copytree(point.dir, directory)
+    with open(directory / "episodes.csv", "a") as file:
+        file.write("train,3000,0,1.0,2.0,1000\r\n")
+    run(place, "--resume", directory, "--total-timesteps", 4500, "--eval-every", 0)
+    return types.SimpleNamespace(dir=directory)
+
+
+def test_resumed_csv_goes_on_without_duplicates(point, resumed):
+    rows, before = rows_of(resumed.dir / "episodes.csv"), rows_of(point.dir / "episodes.csv")
+    assert rows[:len(before)] == before
+    assert [(row["split"], row["step"], row["environment"]) for row in rows[len(before):]] == [
+        (split, "4500", environment) for split in ("train", "eval") for environment in "01"]
+    assert all(row["length"] == "1000" for row in rows)
+
+
+def test_resumed_step_axis_continues(resumed):
+    logged = {tag: [step for step, _ in points] for tag, points in scalars(resumed.dir).items()}
+    assert logged["charts/cost_rate"] == logged["losses/total"] == list(range(500, 5000, 500))
+    assert logged["eval/episodic_return"] == [1000, 2000, 2500, 4500]
+
+
+def test_resumed_counters_and_cost_rate_go_on(point, resumed):
+    before, after = checkpoint(point.dir)[0], checkpoint(resumed.dir)[0]
+    arrays = checkpoint(resumed.dir)[1]
+    assert (after["step"], after["simulated"], after["episodes"]) == (4500, 4500, [3, 3])
+    assert after["wall_time"] > before["wall_time"]
+    assert (arrays["['agent'].num_updates"], arrays["['actor'].step"]) == (180, 80)
+    costs = [float(row["cost"]) for row in rows_of(resumed.dir / "episodes.csv")[8:10]]
+    assert after["cost"] == before["cost"] + sum(costs)
+    assert np.isclose(scalars(resumed.dir)["charts/cost_rate"][-1][1], after["cost"] / 4500, rtol=1e-5)
+
+
+def test_resumed_buffer_keeps_its_contents(point, resumed):
+    """60 rows, of which 50 were filled and 40 more were written: rows 30 to 49 are as they were, but for the mark that
+    the unfinished episode ended."""
+    before, after = checkpoint(point.dir)[1], checkpoint(resumed.dir)[1]
+    assert (after["['buffer'].size"], after["['buffer'].head"]) == (60, 30)
+    for field in spowl.Transition._fields:
+        old, new = (arrays[f"['buffer'].rows.{field}"] for arrays in (before, after))
+        assert np.array_equal(old[30:49], new[30:49])
+    assert not before["['buffer'].rows.done"][49].any() and after["['buffer'].rows.done"][49].all()
+    assert not after["['buffer'].rows.terminated"].any()
+    assert not (after["['buffer'].rows.obs"][50] == after["['buffer'].rows.next_obs"][49]).all(-1).any()
+
+
+def one_line(finished, *words):
+    """The script refused: one line, naming those words, and no traceback."""
+    assert finished.returncode not in (0, None)
+    lines = [line for line in finished.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in finished.stderr, finished.stderr
+    assert all(str(word) in lines[0] for word in words), lines[0]
+
+
+def test_a_finished_run_is_not_resumed(place, evaluated):
+    one_line(command(place, SCRIPT, "--resume", evaluated.dir), evaluated.dir, "--total-timesteps")
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--gamma", "0.9"), ("--num-envs", "5"), ("--seed", "2"), ("--latent-dim", "32"), ("--env-id", "SafetyCarGoal1-v0"),
+    ("--action-repeat", "5"), ("--cost-limit", "1"), ("--buffer-size", "200"), ("--switch-rule", "means")])
+def test_flags_that_matter_cannot_change_on_resume(point, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--resume", str(point.dir), flag, value])
+    assert str(stop.value) == f"{flag} cannot differ from the run in {point.dir}"
+
+
+def test_resume_and_evaluate_take_the_flags_of_the_run(point):
+    """Its own flags without repeating them; those that may differ do."""
+    saved = Args(**json.loads((point.dir / "args.json").read_text())["args"])
+    resumed = parse_args(["--resume", str(point.dir), "--total-timesteps", "9000", "--eval-episodes", "7"])
+    assert resumed == dataclasses.replace(saved, resume=str(point.dir), total_timesteps=9000, eval_episodes=7)
+    evaluated = parse_args(["--evaluate", str(point.dir), "--seed", "5", "--capture-video"])
+    assert evaluated == dataclasses.replace(saved, evaluate=str(point.dir), seed=5, capture_video=True)
+
+
+def test_an_interrupted_run_says_how_to_go_on(place):
+    """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000"], cwd=place,
+        env=environment(place) | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (line := process.stdout.readline()).startswith("step "):
+        assert line, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in stderr and "--resume" in stderr
+    (directory,) = (place / "interrupted").iterdir()
+    assert checkpoint(directory)[0]["step"] >= 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be loaded
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def copied(place, point, tmp_path, monkeypatch):
+    """A copy of the run to spoil, with no simulator started when it is evaluated in this process."""
+    monkeypatch.setattr(spowl, "check_env_id", lambda env_id: None)
+    monkeypatch.setattr(spowl, "start_envs", lambda args, *rest: Envs(args.env_id, [], [], 60, 2))
+    directory = tmp_path / "run"
+    shutil.copytree(point.dir, directory)
+    return directory
+
+
+def change_flags(directory, **changes):
+    info = json.loads((directory / "args.json").read_text())
+    info["args"] |= changes
+    (directory / "args.json").write_text(json.dumps(info))
+
+
+def change_info(directory, change):
+    info = json.loads((directory / "args.json").read_text())
+    (directory / "args.json").write_text(json.dumps(change(info)))
+
+
+def flip(path, where):
+    data = bytearray(path.read_bytes())
+    data[where] ^= 0xFF
+    path.write_bytes(data)
+
+
+def without(info, name):
+    return {key: value for key, value in info.items() if key != name}
+
+
+def save_objects(path):
+    with open(path, "wb") as file:
+        np.savez(file, counters=np.array([{}], dtype=object))
+
+
+def rewrite(path, change):
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    with open(path, "wb") as file:
+        np.savez(file, **change(arrays))
+
+
+SPOILED = {
+    "nothing there": lambda run, file: shutil.rmtree(run),
+    "another directory": lambda run, file: (run / "args.json").unlink(),
+    "args.json of something else": lambda run, file: (run / "args.json").write_text('{"lr": 1}'),
+    "args.json not json": lambda run, file: (run / "args.json").write_text("{"),
+    "args.json a list": lambda run, file: (run / "args.json").write_text("[]"),
+    "args.json without the script": lambda run, file: change_info(run, lambda info: without(info, "script")),
+    "another script's run": lambda run, file: change_info(run, lambda info: info | {"script": "spowl_plan_only"}),
+    "an unknown flag": lambda run, file: change_flags(run, colour="red"),
+    "no checkpoint": lambda run, file: file.unlink(),
+    "an empty checkpoint": lambda run, file: file.write_bytes(b""),
+    "a truncated checkpoint": lambda run, file: file.write_bytes(file.read_bytes()[:-1000]),
+    "half a checkpoint": lambda run, file: file.write_bytes(file.read_bytes()[:file.stat().st_size // 2]),
+    "noise for a checkpoint": lambda run, file: file.write_bytes(bytes(range(256)) * 100),
+    "text for a checkpoint": lambda run, file: file.write_text("a checkpoint"),
+    "one array for a checkpoint": lambda run, file: file.write_bytes(npy_bytes()),
+    "a directory for a checkpoint": lambda run, file: (file.unlink(), file.mkdir()),
+    "pickled objects": lambda run, file: save_objects(file),
+    "a missing array": lambda run, file: rewrite(file, lambda arrays: without(arrays, "['agent'].multiplier")),
+    "missing counters": lambda run, file: rewrite(file, lambda arrays: without(arrays, "counters")),
+    "counters not json": lambda run, file: rewrite(file, lambda arrays: arrays | {"counters": np.array("{")}),
+    "other sizes": lambda run, file: change_flags(run, latent_dim=32),
+}
+
+
+def npy_bytes():
+    import io
+
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_what_is_no_run_is_refused_in_one_line(copied, what):
+    SPOILED[what](copied, copied / "checkpoint.npz")
+    with pytest.raises(SystemExit) as stop:
+        spowl.main(["--evaluate", str(copied)])
+    message = str(stop.value)
+    assert str(copied) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("part", np.linspace(0.02, 0.98, 8).tolist())
+def test_a_flipped_byte_is_noticed_or_harmless(copied, part):
+    """Anywhere in the file: loading either gives the numbers that were saved or refuses in one line."""
+    path = copied / "checkpoint.npz"
+    args = parse_args(["--evaluate", str(copied)])
+    template = {"agent": spowl.init_agent(args, jax.random.key(1), 60, 2), "buffer": spowl.init_buffer(args, 60, 2)}
+    intact = spowl.flatten(spowl.load_checkpoint(path, template)[0])
+    flip(path, int(part * path.stat().st_size))
+    try:
+        loaded = spowl.flatten(spowl.load_checkpoint(path, template)[0])
+    except SystemExit as stop:
+        assert str(path) in str(stop) and "\n" not in str(stop)
+    else:
+        assert same_arrays(intact, loaded)
+
+
+def test_a_loaded_checkpoint_holds_what_was_saved(copied):
+    """Every array of agent, actor and buffer comes back with its bits and its type."""
+    args = parse_args(["--evaluate", str(copied)])
+    template = {"agent": spowl.init_agent(args, jax.random.key(1), 60, 2), "buffer": spowl.init_buffer(args, 60, 2),
+                "actor": spowl.init_actor(args, jax.random.key(2), 2)}
+    trees, counters = spowl.load_checkpoint(copied / "checkpoint.npz", template)
+    saved_counters, saved = checkpoint(copied)
+    loaded = spowl.flatten(trees)
+    assert counters == saved_counters and loaded.keys() == saved.keys()
+    for name, array in loaded.items():
+        filled = array[:50] if name.startswith("['buffer'].rows") else array
+        assert np.array_equal(filled, saved[name]) and array.dtype == saved[name].dtype
+        assert np.array_equal(array[len(filled):], np.zeros_like(array[len(filled):])) if array.ndim else True
+    spowl.save_checkpoint(copied / "again.npz", trees["agent"], trees["actor"], trees["buffer"], counters)
+    with np.load(copied / "again.npz", allow_pickle=False) as again:
+        assert same_arrays(without(dict(again), "counters"), saved)
+
+
+def test_a_damaged_run_is_refused_on_the_command_line(copied, place):
+    (copied / "checkpoint.npz").write_bytes((copied / "checkpoint.npz").read_bytes()[:-1000])
+    one_line(command(place, SCRIPT, "--evaluate", copied), copied / "checkpoint.npz", "damaged")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+# ----------------------------------------------------------------------------------------------------------------------
+BAD = ["--num-envs 0", "--action-repeat 0", "--total-timesteps 0", "--learning-starts 100", "--train-every 80",
+       "--eval-every 7000", "--eval-episodes 0", "--buffer-size 30", "--latent-dim 100", "--num-bins 1", "--num-q 0",
+       "--dropout 1", "--batch-size 0", "--learning-rate 0", "--learning-rate nan", "--gamma 1.5", "--gamma nan",
+       "--cost-gamma -0.1", "--tau 0", "--horizon 0", "--rho 2", "--num-pi-trajs 512", "--num-elites 600", "--iterations 0",
+       "--temperature -1", "--min-std 3", "--max-std 0.01", "--lagrangian-heads 6", "--lambda-init 11", "--mu-init 0",
+       "--mu-growth -1", "--seed -1", "--log-std-min 3", "--simnorm-dim 0"]
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_numbers_are_refused_in_one_line_naming_the_flag(flags):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(flags.split())
+    message = str(stop.value)
+    assert flags.split()[0] in message and "\n" not in message
+
+
+@pytest.mark.parametrize("flags", ["--switch-rule best", "--no-such-flag 1", "--num-envs many", "--cost-target-agg sum"])
+def test_flags_that_cannot_be_read_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(flags.split())
+    assert stop.value.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+def test_bad_flags_on_the_command_line(place):
+    one_line(command(place, SCRIPT, "--num-elites", 600), "--num-elites")
+    one_line(command(place, SCRIPT, "--env-id", "SafetyPointGoal"), "--env-id", "SafetyPointGoal1-v0")
+
+
+HELP = """--env-id --seed --total-timesteps --num-envs --action-repeat --learning-starts --train-every --batch-size
+--buffer-size --learning-rate --gamma --cost-gamma --tau --horizon --rho --num-samples --num-elites --num-pi-trajs
+--iterations --min-std --max-std --temperature --latent-dim --enc-dim --mlp-dim --num-bins --num-q --num-c --cost-limit
+--eval-every --eval-episodes --capture-video --track --resume --evaluate""".split()
+
+
+def test_help_shows_every_flag(place):
+    text = run(place, "--help").stdout
+    assert set(HELP) <= set(re.findall(r"--[a-z][a-z-]*", text))
+    fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)}
+    assert fields <= set(re.findall(r"--[a-z][a-z-]*", text))
+
+
+def test_every_flag_has_a_docstring():
+    tree = ast.parse(SCRIPT.read_text())
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
+    is_text = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value.strip()
+    assert len(fields) == len(dataclasses.fields(Args))
+    assert [body[i].target.id for i in fields if i + 1 == len(body) or not is_text(body[i + 1])] == []
+
+
+DEFAULTS = dict(
+    # METHOD §2
+    action_repeat=5, num_envs=10, total_timesteps=5_000_000, learning_starts=5_000, train_every=5_000, eval_every=50_000,
+    eval_episodes=10, buffer_size=1_000_000, batch_size=256,
+    # METHOD §3
+    enc_dim=256, mlp_dim=512, latent_dim=512, simnorm_dim=8, num_bins=101, bin_limit=10.0, num_q=5, num_c=5,
+    num_cost_heads=5, dropout=0.01, horizon=3, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1,
+    cost_coef=0.1, cost_value_coef=0.1, cost_positive_weight=10.0, gamma=0.975, cost_gamma=0.997, tau=0.01,
+    cost_target_agg="mean", learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
+    # METHOD §4
+    entropy_coef=1e-4, cost_limit=0.1, lagrangian_heads=5, lagrangian_agg="mean", lambda_init=1e-6, lambda_max=10.0,
+    mu_init=5e-9, mu_growth=5e-6, mu_max=1.0,
+    # METHOD §5-6, §9
+    num_samples=512, num_pi_trajs=24, num_elites=64, iterations=6, temperature=0.5, min_std=0.05, max_std=2.0,
+    plan_cost_agg="max", switch_rule="bootstrap", bootstrap_samples=1000)
+
+
+def test_defaults_are_those_of_the_method():
+    """Every number of METHOD's tables, and every flag but those of the run itself is one of them."""
+    args = dataclasses.asdict(Args())
+    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+    assert set(args) - set(DEFAULTS) == {"env_id", "exp_name", "seed", "runs_dir", "track", "wandb_project_name",
+                                         "wandb_entity", "capture_video", "resume", "evaluate"}
+    assert parse_args([]) == Args()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Episodes that end early; an environment of one's own
+# ----------------------------------------------------------------------------------------------------------------------
+def test_ant_ends_early(place):
+    """METHOD §2: Ant may terminate before 1000 steps, which reaches csv and buffer."""
+    ant = train(place, *TINY, *"--env-id SafetyAntGoal1-v0 --total-timesteps 1000 --eval-episodes 1 --buffer-size 400".split())
+    rows, (counters, arrays) = rows_of(ant.dir / "episodes.csv"), checkpoint(ant.dir)
+    lengths = [int(row["length"]) for row in rows if row["split"] == "train"]
+    buffer = {field: arrays[f"['buffer'].rows.{field}"] for field in spowl.Transition._fields}
+    done = buffer["done"] > 0
+    assert lengths and max(lengths) < 1000 and len(lengths) == done.sum()
+    assert np.array_equal(buffer["terminated"], buffer["done"])
+    assert counters["episodes"] == (done.sum(0) + (1 - done[-1])).tolist()
+    assert counters["step"] == 1000 and counters["simulated"] == 1000 - sum(-length % 5 for length in lengths)
+    followed = (buffer["obs"][1:] == buffer["next_obs"][:-1]).all(-1)
+    assert np.array_equal(followed, ~done[:-1])
+
+
+def readme_example():
+    """The block of README.md that trains on one's own environment, with fewer steps and narrower networks."""
+    code = re.search(r"<!-- own environment -->\s*```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    assert "from spowl_continuous import" in code
+    return re.sub(r"=\s*128\b", "=32", code.replace("10_000", "551"))
+
+
+def test_readme_example_trains_on_an_environment_of_ones_own(place):
+    check = "\nassert int(agent.num_updates) > 0 and all(np.isfinite(float(x)) for x in metrics.values()), metrics"
+    finished = command(place, "-c", readme_example() + check)
+    assert finished.returncode == 0, finished.stderr
