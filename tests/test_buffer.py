@@ -13,16 +13,17 @@ from spowl_continuous import Args, Transition, add, cut_episodes, init_buffer, s
 
 ENVS, CAPACITY = 3, 7
 ARGS = small_args(num_envs=ENVS, buffer_size=23, batch_size=600, horizon=3)  # 23 // 3 = 7 rows
+OFFSETS = {"obs": 0.1, "action": 0.2, "reward": 0.3, "cost": 0.4, "next_obs": 0.5, "terminated": 0.6}
 draw = jax.jit(sample, static_argnums=0)
 
 
-def numbered(t, done=0.0):
+def numbered(t):
     """Agent step t of every environment; each field tells step and environment."""
     name = 1000.0 * np.arange(ENVS) + t
-    wide = lambda offset: jnp.asarray(np.stack([name + offset, -name], -1), jnp.float32)
-    flat = lambda offset: jnp.asarray(name + offset, jnp.float32)
-    ended = jnp.full(ENVS, done, jnp.float32)
-    return Transition(wide(0.1), wide(0.2), flat(0.3), flat(0.4), wide(0.5), flat(0.6), ended)
+    wide = lambda field: jnp.asarray(np.stack([name + OFFSETS[field], -name], -1), jnp.float32)
+    flat = lambda field: jnp.asarray(name + OFFSETS[field], jnp.float32)
+    return Transition(wide("obs"), wide("action"), flat("reward"), flat("cost"), wide("next_obs"), flat("terminated"),
+                      jnp.zeros(ENVS))
 
 
 def filled(steps):
@@ -70,10 +71,9 @@ def check_sequences(batch, steps):
     env, first = np.divmod(np.floor(np.asarray(batch.reward[0])).astype(int), 1000)
     for i in range(ARGS.horizon):
         for name, got in batch._asdict().items():
-            offset = {"obs": 0.1, "action": 0.2, "reward": 0.3, "cost": 0.4, "next_obs": 0.5, "terminated": 0.6}.get(name)
-            if offset is not None:
-                got = np.asarray(got)[i, :, 0] if got.ndim == 3 else np.asarray(got)[i]
-                np.testing.assert_allclose(got, 1000 * env + first + i + offset, rtol=1e-6)
+            got = np.asarray(got)[i, :, 0] if got.ndim == 3 else np.asarray(got)[i]
+            expected = 1000 * env + first + i + OFFSETS[name] if name in OFFSETS else 0.0 * env
+            np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert first.min() >= max(0, steps - CAPACITY) and first.max() + ARGS.horizon <= steps
     return set(zip(env.tolist(), first.tolist()))
 

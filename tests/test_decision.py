@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spowl_continuous as spowl
 from conftest import leaves_equal, np_heads, random_agent, small_args
 
+import spowl_continuous as spowl
 from spowl_continuous import Args, Plan, act, bootstrap_bounds, decide, init_actor, policy_sample, prefer_plan
 
 OBS, ACTIONS = 5, 2
@@ -34,11 +34,13 @@ def test_means_rule(q_plan, qc_plan, expected):
 bounds = jax.jit(bootstrap_bounds, static_argnums=0)
 
 
-@pytest.mark.parametrize("values", [[0.0, 1.0, 5.0], [3.0, -1.0, 2.0, 9.0], [0.0, 1.0, 2.0, 3.0, 4.0], [-5.0, 0.3, 0.4, 0.5, 20.0]])
+@pytest.mark.parametrize("values", [[0.0, 1.0, 5.0], [3.0, -1.0, 2.0, 9.0], [0.0, 1.0, 2.0, 3.0, 4.0],
+                                    [-5.0, 0.3, 0.4, 0.5, 20.0]])
 def test_bootstrap_bounds_against_all_resamples(values):
     """§6: the mean of K heads drawn with replacement has K^K equally likely outcomes; the bounds cut 2.5% off each end.
     20,000 resamples put the percentiles' own error at 0.11%, so 0.6% is more than five times that."""
-    low, high = (float(x) for x in bounds(dataclasses.replace(ARGS, bootstrap_samples=20_000), jnp.array(values), jax.random.key(1)))
+    args = dataclasses.replace(ARGS, bootstrap_samples=20_000)
+    low, high = (float(x) for x in bounds(args, jnp.array(values), jax.random.key(1)))
     means = np.array([np.mean(pick) for pick in itertools.product(values, repeat=len(values))])
     slack = 1e-5 * np.ptp(values)
     assert np.mean(means < low - slack) <= 0.031 and np.mean(means <= low + slack) >= 0.019
@@ -91,9 +93,8 @@ def agent():
     return random_agent(ARGS, OBS, ACTIONS, seed=8)
 
 
-def decide_with_stand_ins(monkeypatch, agent, take_plan, num=1, planned=PLANNED, num_improving=2):
-    """`decide` for `num` keys with a fixed plan and a fixed verdict -> function of (keys, explore): action, what
-    prefer_plan was told."""
+def decide_with_stand_ins(monkeypatch, agent, take_plan, planned=PLANNED, num_improving=2):
+    """`decide` with a fixed plan and a fixed verdict, for many keys -> action, mean, metrics, what was compared."""
     final = Plan(jnp.asarray(STD) * 0.5, jnp.asarray(STD), jnp.asarray(planned), jnp.int32(num_improving))
     told = {}
 
@@ -115,7 +116,8 @@ Z = jnp.asarray(np.random.default_rng(4).dirichlet(np.ones(8), 2).reshape(16), j
 
 def test_plan_without_exploration(monkeypatch, agent):
     """§6, evaluation: the plan's action as it is."""
-    action, mean, metrics, _ = decide_with_stand_ins(monkeypatch, agent, True)(jax.random.split(jax.random.key(0), 5), False)
+    run = decide_with_stand_ins(monkeypatch, agent, True)
+    action, mean, metrics, _ = run(jax.random.split(jax.random.key(0), 5), False)
     np.testing.assert_array_equal(action, np.tile(PLANNED, (5, 1)))
     np.testing.assert_allclose(mean, np.tile(STD * 0.5, (5, 1, 1)))
     expected = {"charts/balance": 1.0, "planner/reward_threshold": 1.5, "planner/cost_threshold": -2.5,
@@ -136,12 +138,14 @@ def test_plan_with_exploration(monkeypatch, agent):
 
 def test_policy_with_and_without_exploration(monkeypatch, agent):
     """§6: a_pi is the mean in evaluation, a sample in training."""
-    run, keys = decide_with_stand_ins(monkeypatch, agent, False, num_improving=0), jax.random.split(jax.random.key(0), 2000)
+    run = decide_with_stand_ins(monkeypatch, agent, False, num_improving=0)
+    keys = jax.random.split(jax.random.key(0), 2000)
     _, mean_action, _ = policy_sample(ARGS, agent.policy, Z, jax.random.key(0))
     action, _, metrics, _ = run(keys, False)
     np.testing.assert_allclose(action, np.tile(mean_action, (2000, 1)), atol=1e-6)
     assert np.all(metrics["charts/balance"] == 0.0) and np.all(metrics["planner/no_improvement"] == 1.0)
-    samples, direct = np.asarray(run(jax.random.clone(keys), True)[0]), jax.vmap(partial(policy_sample, ARGS, agent.policy, Z))
+    samples = np.asarray(run(jax.random.clone(keys), True)[0])
+    direct = jax.jit(jax.vmap(partial(policy_sample, ARGS, agent.policy, Z)))
     expected = np.asarray(direct(jax.random.split(jax.random.key(1), 2000))[0])
     assert len(np.unique(samples, axis=0)) > 1900
     error = 5 * expected.std(0) / np.sqrt(1000)
@@ -218,9 +222,10 @@ def test_is_first_resets_the_warm_start_of_that_environment_only(agent):
 
 
 def test_what_decide_is_given(monkeypatch, agent):
-    """§5-§6: every environment's own latent and last mean, whether to explore; metrics are summed for each on its own."""
+    """§5-§6: every environment's own latent and last mean, and whether to explore; metrics are summed one by one."""
     def stand_in(args, model, policy, z, last_mean, key, explore):
-        return jnp.where(explore, 2.0, 1.0) * z[:2], last_mean + 1.0, {name: last_mean[0, 0] for name in new_actor().metrics}
+        metrics = {name: last_mean[0, 0] for name in new_actor().metrics}
+        return jnp.where(explore, 2.0, 1.0) * z[:2], last_mean + 1.0, metrics
 
     monkeypatch.setattr(spowl, "decide", stand_in)
     obs = np.random.default_rng(0).normal(size=(3, OBS)).astype(np.float32)

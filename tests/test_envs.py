@@ -1,4 +1,4 @@
-"""The simulator side (METHOD §2): what an environment's process answers, on scripted environments and on the real ones."""
+"""The simulator side (METHOD §2): what an environment's process answers, on scripted environments and on real ones."""
 import multiprocessing
 import os
 import re
@@ -26,7 +26,7 @@ def box(low, high):
 
 
 class Scripted:
-    """Observes (episode number, steps in it), counted from 0; pays 1 and costs 0.25 a step; ends after `length` steps."""
+    """Observes (episode number, steps in it), from 0 on; pays 1 and costs 0.25 a step; ends after `length` steps."""
 
     def __init__(self, length=7, ends_by="truncation", low=(-1.0,), high=(1.0,), fails_at=None):
         self.length, self.ends_by, self.fails_at = length, ends_by, fails_at
@@ -45,13 +45,14 @@ class Scripted:
         self.steps, self.actions = self.steps + 1, self.actions + [np.array(action)]
         if self.steps == self.fails_at:
             raise RuntimeError("the floor gave way")
-        over = self.steps == self.length
-        return self.observe(), 1.0, 0.25, over and self.ends_by == "termination", over and self.ends_by != "termination", {}
+        terminated = self.steps == self.length and self.ends_by == "termination"
+        truncated = self.steps == self.length and not terminated
+        return self.observe(), 1.0, 0.25, terminated, truncated, {}
 
 
 @pytest.fixture
 def worker(monkeypatch):
-    """worker(env, commands) runs env_worker on that environment -> its answers, without the sizes sent first.
+    """worker(env, commands) runs env_worker on that environment -> its answers, the first before any command.
 
     The commands wait in the pipe beforehand, so no second process or thread is needed."""
     interrupt = signal.getsignal(signal.SIGINT)
@@ -66,7 +67,7 @@ def worker(monkeypatch):
         answers = []
         while ours.poll():
             answers.append(ours.recv())
-        return answers[1:]
+        return answers
 
     yield run
     signal.signal(signal.SIGINT, interrupt)
@@ -76,9 +77,10 @@ def step_with(*action):
     return "step", np.array(action, np.float32)
 
 
-def test_sizes_are_sent_first_and_reset_gives_float32(worker, monkeypatch):
-    answer = worker(Scripted(), [("reset", 0)])[0]
-    assert answer.dtype == np.float32 and answer.tolist() == [0.0, 0.0]
+def test_sizes_come_first_and_reset_gives_float32(worker):
+    sizes, obs = worker(Scripted(low=(-1.0, -1.0, -1.0), high=(1.0, 1.0, 1.0)), [("reset", 0)])
+    assert sizes == (2, 3)
+    assert obs.dtype == np.float32 and obs.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("action, expected", [
@@ -92,7 +94,7 @@ def test_actions_are_rescaled_to_the_bounds_and_clipped(worker, action, expected
 
 def test_action_repeat_sums_rewards_and_costs(worker):
     env = Scripted(length=100)
-    obs, next_obs, reward, cost, terminated, truncated, steps = worker(env, [("reset", 0), step_with(0.3)])[1]
+    obs, next_obs, reward, cost, terminated, truncated, steps = worker(env, [("reset", 0), step_with(0.3)])[2]
     assert obs.tolist() == next_obs.tolist() == [0.0, 5.0]
     assert (reward, cost, terminated, truncated, steps) == (5.0, 1.25, False, False, 5)
     assert len(env.actions) == 5 and np.ptp(env.actions) == 0.0
@@ -102,18 +104,18 @@ def test_action_repeat_sums_rewards_and_costs(worker):
 def test_action_repeat_stops_at_the_end_and_the_next_episode_begins(worker, ends_by):
     """METHOD §2: stop early at the episode's end. The answer holds its last observation and the next one's first."""
     answers = worker(Scripted(length=7, ends_by=ends_by), [("reset", 0)] + 3 * [step_with(0.0)])
-    obs, next_obs, reward, cost, terminated, truncated, steps = answers[2]
+    obs, next_obs, reward, cost, terminated, truncated, steps = answers[3]
     assert next_obs.tolist() == [0.0, 7.0] and obs.tolist() == [1.0, 0.0]
     assert obs.dtype == next_obs.dtype == np.float32
     assert (reward, cost, steps) == (2.0, 0.5, 2)
     assert (terminated, truncated) == (ends_by == "termination", ends_by == "truncation")
-    assert answers[3][0].tolist() == [1.0, 5.0] and answers[3][6] == 5
+    assert answers[4][0].tolist() == [1.0, 5.0] and answers[4][6] == 5
 
 
 def test_an_end_on_the_last_repeat_is_seen_once(worker):
     answers = worker(Scripted(length=10), [("reset", 0)] + 3 * [step_with(0.0)])
-    assert [answer[5] for answer in answers[1:]] == [False, True, False]
-    assert [answer[6] for answer in answers[1:]] == [5, 5, 5]
+    assert [answer[5] for answer in answers[2:]] == [False, True, False]
+    assert [answer[6] for answer in answers[2:]] == [5, 5, 5]
 
 
 def test_every_episode_has_the_seed_of_its_counters(worker):
@@ -134,19 +136,16 @@ def test_episode_seeds_are_distinct_and_reproducible():
 
 def test_a_failing_environment_answers_with_text(worker):
     answers = worker(Scripted(fails_at=3), [("reset", 0), step_with(0.0)])
-    assert answers[1] == "RuntimeError: the floor gave way"
+    assert answers[2:] == ["RuntimeError: the floor gave way"]
 
 
-def test_observations_that_are_not_flat_are_refused(worker, monkeypatch):
+@pytest.mark.parametrize("shape", [(64, 64, 3), None])
+def test_observations_that_are_not_flat_are_refused(worker, shape):
     """Pictures and dictionaries (whose space has no shape) alike, in words that name the observation."""
-    for shape in ((64, 64, 3), None):
-        env = Scripted()
-        env.observation_space = types.SimpleNamespace(shape=shape)
-        ours, theirs = multiprocessing.Pipe()
-        monkeypatch.setattr(spowl, "import_safety_gymnasium", lambda: types.SimpleNamespace(make=lambda name: env))
-        env_worker(theirs, "Scripted-v0", 5, 1, 0, 0, False)
-        assert "observations are not a flat vector" in ours.recv()
-        assert not ours.poll()
+    env = Scripted()
+    env.observation_space = types.SimpleNamespace(shape=shape)
+    (answer,) = worker(env, [])
+    assert "observations are not a flat vector" in answer
 
 
 @pytest.fixture
@@ -163,12 +162,13 @@ def scripted_envs(monkeypatch):
             thread = threading.Thread(target=env_worker, daemon=True,
                                       args=(theirs, str(index), action_repeat, 1, 0, index, False))
             thread.start()
-            opened.append((ours, thread))
-        sizes = [ours.recv() for ours, _ in opened]
-        return Envs("Scripted-v0", [thread for _, thread in opened], [ours for ours, _ in opened], *sizes[0])
+            opened.append((ours, theirs, thread))
+        pipes, _, threads = zip(*opened)
+        sizes = [pipe.recv() for pipe in pipes]
+        return Envs("Scripted-v0", list(threads), list(pipes), *sizes[0])
 
     yield start
-    for ours, thread in opened:
+    for ours, _, thread in opened:
         ours.send((None, None))
         thread.join(timeout=10)
 
@@ -198,7 +198,7 @@ def test_no_row_of_the_buffer_joins_two_episodes(scripted_envs):
     """METHOD §2, on numbered transitions: within a row the episode stays the same and its steps go on by the repeat;
     a row that follows an end begins at step 0 of the next episode."""
     lengths = (7, 12, 20)
-    envs = scripted_envs([Scripted(length, end) for length, end in zip(lengths, ("termination", "truncation", "both"))])
+    envs = scripted_envs([Scripted(7, "termination"), Scripted(12, "truncation"), Scripted(20, "truncation")])
     buffer = spowl.init_buffer(small_args(num_envs=3, buffer_size=60), envs.obs_dim, envs.action_dim)
     for step in play(envs, 25):  # the ring holds 20: it wraps
         buffer = spowl.add(buffer, step.transition)

@@ -1,16 +1,16 @@
-"""METHOD §3-§4: the world-model loss (Eq. 5), its targets (Eq. 6), the policy loss (Eq. 7) and the Lagrangian (Eq. 8-10)."""
+"""METHOD §3-§4: world-model loss (Eq. 5), its targets (Eq. 6), policy loss (Eq. 7), Lagrangian (Eq. 8-10)."""
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spowl_continuous as spowl
 from conftest import (certain, float64, leaves_equal, np_cross_entropy, np_heads, np_latent, np_mlp, np_policy,
                       np_two_hot, one_head, random_agent, small_args)
 from hypothesis import given
 from hypothesis import strategies as st
 
+import spowl_continuous as spowl
 from spowl_continuous import (Transition, alive_mask, augmented_lagrangian, policy_loss, random_heads, td_targets,
                               update_scale, world_model_loss)
 
@@ -72,7 +72,7 @@ def np_world_model_loss(model, batch, next_z, q_target, qc_target, keep_q, keep_
     latents = [np_latent(ARGS, model["encoder"], batch.obs[0])]
     for t in range(H):
         latents.append(np_latent(ARGS, model["dynamics"], latents[t], batch.action[t]))
-    keeps = {"q": np.asarray(keep_q).reshape(ARGS.num_q, H, B, -1), "qc": np.asarray(keep_qc).reshape(ARGS.num_c, H, B, -1)}
+    keeps = {name: np.asarray(keep).reshape(-1, H, B, ARGS.mlp_dim) for name, keep in (("q", keep_q), ("qc", keep_qc))}
     terms = dict.fromkeys(("consistency", "reward", "value", "cost", "cost_value"), 0.0)
 
     def entropy(layers, t, b, target, keep=None):
@@ -90,7 +90,8 @@ def np_world_model_loss(model, batch, next_z, q_target, qc_target, keep_q, keep_
             terms["consistency"] += share * np.mean((latents[t + 1][b] - np.asarray(next_z)[t, b]) ** 2)
             terms["reward"] += share * entropy(model["reward"], t, b, batch.reward[t, b])
             terms["value"] += share * ensemble_entropy("q", t, b, q_target[t, b])
-            terms["cost"] += share * (7.0 if batch.cost[t, b] > 0 else 1.0) * ensemble_entropy("cost", t, b, batch.cost[t, b])
+            weight = 7.0 if batch.cost[t, b] > 0 else 1.0
+            terms["cost"] += share * weight * ensemble_entropy("cost", t, b, batch.cost[t, b])
             terms["cost_value"] += share * ensemble_entropy("qc", t, b, qc_target[t, b])
     return terms, np.stack(latents)
 
@@ -119,7 +120,8 @@ def test_world_model_gradient_against_finite_differences(agent):
     rng, step = np.random.default_rng(0), 1e-5
     for part in agent.model:
         direction = jax.tree.map(lambda x: rng.normal(size=x.shape), agent.model[part])
-        moved = lambda by: agent.model | {part: jax.tree.map(lambda x, d: np.float64(x) + by * d, agent.model[part], direction)}
+        shift = lambda by: jax.tree.map(lambda x, d: np.float64(x) + by * d, agent.model[part], direction)
+        moved = lambda by: agent.model | {part: shift(by)}
         numeric = (np_total(moved(step), *inputs) - np_total(moved(-step), *inputs)) / (2 * step)
         ours = sum(np.sum(np.asarray(g) * d) for g, d in zip(jax.tree.leaves(grads[part]), jax.tree.leaves(direction)))
         assert abs(numeric) > 1e-4 and ours == pytest.approx(numeric, rel=2e-3), part
@@ -211,15 +213,15 @@ def test_next_action_is_sampled(agent):
     """Eq. 6: a' ~ pi(z'), not its mean: targets differ with the key, where not terminated."""
     batch, next_z, _, _ = make_batch()
     loose = certain(agent.policy, raw=0.8)
-    q, qc = (np.stack(x) for x in zip(*(targets(ARGS, loose, agent.target, batch, next_z, jax.random.key(k)) for k in (0, 1))))
-    for values in (q, qc):
+    draws = [targets(ARGS, loose, agent.target, batch, next_z, jax.random.key(k)) for k in (0, 1)]
+    for values in np.stack(draws, axis=1):  # of Q, of Qc
         assert np.array_equal(values[0] == values[1], TERMINATED == 1)
 
 
 def test_random_heads():
-    """§3-§4: different heads, every subset occurs, all layers of a head stay together; all heads where enough are asked."""
-    layers = ({"w": jnp.arange(4.0)[:, None, None] * jnp.ones((4, 2, 3)), "b": jnp.arange(4.0)[:, None] * jnp.ones((4, 3))},
-              {"w": jnp.arange(4.0)[:, None, None] * jnp.ones((4, 3, 1)), "b": jnp.arange(4.0)[:, None] * jnp.ones((4, 1))})
+    """§3-§4: different heads, every subset occurs, a head's layers stay together; all heads where enough are asked."""
+    numbered = lambda *shape: jnp.arange(4.0).reshape(4, *[1] * len(shape)) * jnp.ones((4, *shape))
+    layers = {"w": numbered(2, 3), "b": numbered(3)}, {"w": numbered(3, 1), "b": numbered(1)}
     pick, seen = jax.jit(random_heads, static_argnums=1), set()
     for seed in range(80):
         chosen = pick(layers, 2, jax.random.key(seed))
@@ -236,7 +238,7 @@ def test_random_heads():
 # ----------------------------------------------------------------------------------------------------------------------
 def lagrangian(violation, multiplier, penalty, **changes):
     args = small_args(**({"mu_growth": 0.5, "mu_max": 1.0, "lambda_max": 10.0} | changes))
-    return [float(x) for x in augmented_lagrangian(args, jnp.float32(violation), jnp.float32(multiplier), jnp.float32(penalty))]
+    return [float(x) for x in augmented_lagrangian(args, *map(jnp.float32, (violation, multiplier, penalty)))]
 
 
 @pytest.mark.parametrize("violation, multiplier, penalty, expected", [
@@ -308,7 +310,8 @@ def np_policy_loss(policy, args, model, zs, mask, multiplier, penalty, scale, q_
     loss = 0.0
     for t in range(H + 1):
         valid = [b for b in range(B) if mask[t, b]]
-        loss += 0.6**t / (H + 1) * np.mean([args.entropy_coef * ACTIONS * log_prob[t, b] - q[t, b] / scale for b in valid])
+        per_sequence = args.entropy_coef * ACTIONS * log_prob[t, valid] - q[t, valid] / scale
+        loss += 0.6**t / (H + 1) * np.mean(per_sequence)
     violation = np.mean(qc[np.asarray(mask) == 1]) - args.cost_limit
     shifted = multiplier + penalty * violation
     psi = multiplier * violation + penalty * violation**2 / 2 if shifted >= 0 else -(multiplier**2) / (2 * penalty)
@@ -317,9 +320,9 @@ def np_policy_loss(policy, args, model, zs, mask, multiplier, penalty, scale, q_
 
 def policy_case(agent, seed=0, **changes):
     """Flags, model with spread-out Q values, latents and mask of a policy loss."""
-    args = spowl.dataclasses.replace(ARGS, entropy_coef=0.02, cost_limit=0.3, **changes)
-    zs = jnp.asarray(np.random.default_rng(seed).dirichlet(np.ones(8), (H + 1, B, 2)).reshape(H + 1, B, 16), jnp.float32)
-    return args, agent.model, zs, jnp.asarray(ALIVE)
+    args = spowl.dataclasses.replace(ARGS, **({"entropy_coef": 0.02, "cost_limit": 0.3} | changes))
+    zs = np.random.default_rng(seed).dirichlet(np.ones(8), (H + 1, B, 2)).reshape(H + 1, B, 16)
+    return args, agent.model, jnp.asarray(zs, jnp.float32), jnp.asarray(ALIVE)
 
 
 def policy_loss_and_grad():
@@ -329,15 +332,16 @@ def policy_loss_and_grad():
 
 @pytest.mark.parametrize("agg, multiplier, penalty", [("mean", 0.4, 0.1), ("max", 0.2, 0.3)])
 def test_policy_loss_against_numpy(agent, monkeypatch, agg, multiplier, penalty):
-    """Eq. 7-8: beta A log pi - Q / S, rho^t, the means over what is valid, Psi added; the gradient too, S held fixed."""
+    """Eq. 7-8: beta A log pi - Q / S, rho^t, means over what is valid, Psi added; the gradient too, S held fixed."""
     monkeypatch.setattr(spowl, "policy_sample", stand_in_policy_sample)
     args, model, zs, mask = policy_case(agent, lagrangian_agg=agg, lagrangian_heads=3)
     numbers, loss_and_grad = (multiplier, penalty, 3.0), policy_loss_and_grad()
     heads = (0, 1), (0, 1, 2)
     (total, (next_multiplier, next_penalty, scale, metrics)), grad = loss_and_grad(
-        jnp.float32(0.7), args, model, zs, mask, *(jnp.float32(x) for x in numbers), jax.random.key(0))
+        jnp.float32(0.7), args, model, zs, mask, *map(jnp.float32, numbers), jax.random.key(0))
     expected = np_policy_loss(0.7, args, model, zs, mask, *numbers, *heads)
-    found = (total, metrics["losses/policy"], metrics["losses/psi"], metrics["lagrangian/violation"], scale, next_multiplier)
+    logged = [metrics[name] for name in ("losses/policy", "losses/psi", "lagrangian/violation")]
+    found = total, *logged, scale, next_multiplier
     assert [float(x) for x in found] == pytest.approx(expected, rel=2e-3)
     assert next_penalty == pytest.approx(penalty * (1 + args.mu_growth))
     assert (metrics["lagrangian/lambda"], metrics["lagrangian/mu"]) == (next_multiplier, next_penalty)
@@ -350,13 +354,15 @@ def test_no_gradient_through_the_scale(agent, monkeypatch):
     """§4: where S follows Q closely, its own gradient would show."""
     monkeypatch.setattr(spowl, "policy_sample", stand_in_policy_sample)
     monkeypatch.setattr(spowl, "update_scale", lambda scale, q: 0.5 * jnp.mean(q**2))
-    args, model, zs, mask = policy_case(agent)
+    args, model, zs, mask = policy_case(agent, entropy_coef=0.0)
     numbers = (0.0, 1e-6, 3.0)
-    _, grad = policy_loss_and_grad()(jnp.float32(0.7), args, model, zs, mask, *(jnp.float32(x) for x in numbers), jax.random.key(0))
+    _, grad = policy_loss_and_grad()(
+        jnp.float32(0.7), args, model, zs, mask, *map(jnp.float32, numbers), jax.random.key(0))
     action = np.tanh(0.7 * np.asarray(zs, np.float64)[..., :ACTIONS] * 8.0)
     held = 0.5 * np.mean(np_heads(args, model["q"], np.asarray(zs), action).mean(0)[0] ** 2)
     up, down = (np_policy_loss(0.7 + by, args, model, zs, mask, *numbers, (0, 1), (0, 1, 2), held_scale=held)[1]
                 for by in (1e-5, -1e-5))
+    assert abs(grad) > 1e-4
     assert grad == pytest.approx((up - down) / 2e-5, rel=3e-3)
 
 
@@ -370,7 +376,8 @@ def test_policy_loss_draws_two_heads_of_q_and_x_of_qc(monkeypatch):
     by_pair = {pair: np_policy_loss(0.7, args, model, zs, mask, *numbers, pair, pair) for pair in pairs}
     seen = set()
     for seed in range(60):
-        _, (_, _, _, metrics) = run(jnp.float32(0.7), args, model, zs, mask, *(jnp.float32(x) for x in numbers), jax.random.key(seed))
+        inputs = jnp.float32(0.7), args, model, zs, mask, *map(jnp.float32, numbers), jax.random.key(seed)
+        _, (_, _, _, metrics) = run(*inputs)
         q_pair = [p for p in pairs if metrics["losses/policy"] == pytest.approx(by_pair[p][1], rel=2e-3)]
         qc_pair = [p for p in pairs if metrics["lagrangian/violation"] == pytest.approx(by_pair[p][3], rel=2e-3)]
         assert len(q_pair) == len(qc_pair) == 1

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (certain, fixed_policy, leaves_equal, np_heads, np_latent, np_mlp, np_policy, one_head, random_agent,
-                      random_weights, small_args)
+from conftest import (certain, fixed_policy, leaves_equal, np_heads, np_latent, np_mlp, np_policy, one_head,
+                      random_agent, random_weights, small_args)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spowl_continuous import (Args, dropout_mask, encode, ensemble, heads, init_agent, init_mlp, mlp, next_latent, policy_sample)
+from spowl_continuous import (Args, dropout_mask, encode, ensemble, heads, init_agent, init_mlp, mlp, next_latent,
+                              policy_sample)
 
 ARGS = small_args()
 OBS, ACTIONS = 7, 3
@@ -150,9 +151,11 @@ def test_one_latent_against_many_actions(model):
     """§5: one row of z stands for all sequences at the first step."""
     z, action = inputs(6)
     repeated = jnp.tile(z[:1], (6, 1))
-    np.testing.assert_allclose(run_mlp(model["reward"], z[:1], action), run_mlp(model["reward"], repeated, action), atol=1e-6)
-    np.testing.assert_allclose(read_heads(ARGS, model["q"], z[:1], action), read_heads(ARGS, model["q"], repeated, action), atol=1e-5)
-    np.testing.assert_allclose(step_latent(ARGS, model, z[:1], action), step_latent(ARGS, model, repeated, action), atol=1e-6)
+    step = partial(step_latent, ARGS, model)
+    for function in (partial(run_mlp, model["reward"]), partial(read_heads, ARGS, model["q"]), step):
+        one, many = (function(rows, action) for rows in (z[:1], repeated))
+        assert one.shape == many.shape
+        np.testing.assert_allclose(one, many, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, count", [("cost", 2), ("q", 3), ("qc", 4)])
@@ -196,7 +199,8 @@ def test_latents_are_simplices_by_groups(model):
     """§3: encoder and dynamics end in Linear -> LayerNorm -> SimNorm with groups of 8."""
     obs = np.random.default_rng(0).normal(size=(2, 5, OBS)) * 3
     z, action = inputs(2, 5)
-    latents = {"encoder": compiled(encode)(ARGS, model, jnp.asarray(obs)), "dynamics": step_latent(ARGS, model, z, action)}
+    latents = {"encoder": compiled(encode)(ARGS, model, jnp.asarray(obs)),
+               "dynamics": step_latent(ARGS, model, z, action)}
     expected = {"encoder": np_latent(ARGS, model["encoder"], obs),
                 "dynamics": np_latent(ARGS, model["dynamics"], np.asarray(z), np.asarray(action))}
     for name, latent in latents.items():
@@ -213,7 +217,8 @@ def test_latents_of_random_configurations(group, groups, obs_dim):
     shapes = jax.eval_shape(partial(init_mlp, sizes=(obs_dim, 5, group * groups), norm_last=True), jax.random.key(0))
     model = {"encoder": random_weights(shapes, seed=2)}
     obs = np.random.default_rng(0).normal(size=(3, obs_dim))
-    np.testing.assert_allclose(compiled(encode)(args, model, jnp.asarray(obs)), np_latent(args, model["encoder"], obs), atol=1e-5)
+    latent = compiled(encode)(args, model, jnp.asarray(obs))
+    np.testing.assert_allclose(latent, np_latent(args, model["encoder"], obs), atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +249,8 @@ def test_log_prob_from_the_action(policy):
 @pytest.mark.parametrize("mean", [[0.0, 0.3], [12.0, -15.0], [60.0, -200.0]])
 def test_log_prob_of_saturated_actions(mean):
     """§4: far out in tanh the log-prob stays finite and exact."""
-    action, mean_action, log_prob = draw_action(ARGS, fixed_policy(mean, [0.0, 0.5]), jnp.ones((9, 16)), jax.random.key(3))
+    policy = fixed_policy(mean, [0.0, 0.5])
+    action, mean_action, log_prob = draw_action(ARGS, policy, jnp.ones((9, 16)), jax.random.key(3))
     log_std = -10.0 + 6.0 * (np.tanh([0.0, 0.5]) + 1.0)
     noise = np.asarray(jax.random.normal(jax.random.key(3), (9, 2)), np.float64)
     before_tanh = np.array(mean) + np.exp(log_std) * noise
@@ -284,7 +290,8 @@ def test_certain_policy_acts_on_its_mean(policy):
 
 
 def test_policy_gradient_is_reparameterised():
-    """§4: d a / d mean = 1 - a^2 and d a / d log-std = (1 - a^2) std noise at fixed noise; log pi has its gradient too."""
+    """§4: at fixed noise d a / d mean = 1 - a^2 and d a / d log-std = (1 - a^2) std noise; log pi has one too."""
+    @jax.jit
     def outputs(mean, raw):
         action, _, log_prob = draw_action(ARGS, fixed_policy([mean], [raw]), jnp.ones(16), jax.random.key(7))
         return jnp.stack([action[0], log_prob])
@@ -298,7 +305,7 @@ def test_policy_gradient_is_reparameterised():
 
     point, step = (0.4, 0.5), 1e-6
     np.testing.assert_allclose(outputs(*point), expected(*point), rtol=1e-5)
-    by_mean, by_raw = jax.jacobian(outputs, argnums=(0, 1))(*point)
+    by_mean, by_raw = jax.jit(jax.jacobian(outputs, argnums=(0, 1)))(*point)
     numeric = (expected(0.4 + step, 0.5) - expected(0.4 - step, 0.5)) / (2 * step)
     np.testing.assert_allclose(by_mean, numeric, rtol=1e-4, atol=1e-6)
     numeric = (expected(0.4, 0.5 + step) - expected(0.4, 0.5 - step)) / (2 * step)

@@ -21,10 +21,13 @@ UPDATES = 50  # per call of update_many
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_for_speed():
-    """Thousands of updates: here running takes longer than compiling."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Thousands of calls: here running takes longer than compiling, and a check of the keys at every call longest."""
+    slow = {"jax_disable_most_optimizations": True, "jax_debug_key_reuse": True}
+    for name in slow:
+        jax.config.update(name, False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    for name, value in slow.items():
+        jax.config.update(name, value)
 
 
 def batched(*columns):
@@ -141,7 +144,8 @@ def choices(model, policy, state, key):
     key_policy, key_plan = jax.random.split(key)
     z = encode(ARGS, model, state)
     _, mean, _ = policy_sample(ARGS, policy, z, key_policy)
-    plans, _ = jax.vmap(partial(plan, ARGS, model, policy))(z, jnp.zeros((E, ARGS.horizon, 1)), jax.random.split(key_plan, E))
+    last_mean, keys = jnp.zeros((E, ARGS.horizon, 1)), jax.random.split(key_plan, E)
+    plans, _ = jax.vmap(partial(plan, ARGS, model, policy))(z, last_mean, keys)
     return mean, plans.action
 
 

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import spowl_continuous as spowl
 from conftest import as_numpy, leaves_equal, np_latent, random_agent, small_args
 from test_losses import ALIVE, dead_data_changed, make_batch
 
+import spowl_continuous as spowl
 from spowl_continuous import (Args, Transition, add, init_buffer, model_optimizer, policy_optimizer, sample, update,
                               update_many)
 
 OBS, ACTIONS, H, B = 5, 2, 3, 6
-ARGS = small_args(horizon=H, batch_size=B, num_bins=11, latent_dim=16, num_q=2, num_c=3, num_cost_heads=2, grad_clip=0.05,
-                  learning_rate=1e-3, enc_lr_scale=0.3, tau=0.07, dropout=0.25, mu_init=1e-3, mu_growth=0.01,
-                  lambda_init=0.2, entropy_coef=1e-3, buffer_size=40, num_envs=2)
+ARGS = small_args(horizon=H, batch_size=B, num_bins=11, latent_dim=16, num_q=2, num_c=3, num_cost_heads=2,
+                  grad_clip=0.05, learning_rate=1e-3, enc_lr_scale=0.3, tau=0.07, dropout=0.25, mu_init=1e-3,
+                  mu_growth=0.01, lambda_init=0.2, entropy_coef=1e-3, buffer_size=40, num_envs=2)
 UPDATES = 5
-LOGGED = [f"losses/{name}" for name in ("consistency", "reward", "cost", "value", "cost_value", "policy", "psi", "total")]
-LOGGED += ["lagrangian/lambda", "lagrangian/mu", "lagrangian/violation"]
+LOSSES = "consistency", "reward", "cost", "value", "cost_value", "policy", "psi", "total"
+LOGGED = [f"losses/{name}" for name in LOSSES] + [f"lagrangian/{name}" for name in ("lambda", "mu", "violation")]
 
 
 def copy(tree):
@@ -39,9 +39,10 @@ def dataset(steps=20):
     for t in range(steps):
         action = rng.uniform(-1, 1, (2, ACTIONS))
         terminated, truncated = float(t % 7 == 6), float(t % 5 == 4)
-        flat = lambda x: jnp.asarray(np.broadcast_to(x, 2), jnp.float32)
-        row = Transition(jnp.asarray(obs[t], jnp.float32), jnp.asarray(action, jnp.float32), flat(np.sign(action[:, 0])),
-                         flat(action[:, 1] > 0.3), jnp.asarray(obs[t + 1], jnp.float32), flat(terminated),
+        f32 = lambda x: jnp.asarray(x, jnp.float32)
+        flat = lambda x: f32(np.broadcast_to(x, 2))
+        reward, cost = np.sign(action[:, 0]), action[:, 1] > 0.3
+        row = Transition(f32(obs[t]), f32(action), flat(reward), flat(cost), f32(obs[t + 1]), flat(terminated),
                          flat(max(terminated, truncated)))
         buffer = add(buffer, row)
     return buffer
@@ -103,16 +104,17 @@ def test_optimizers_against_numpy(is_model):
     Some gradients are so small that eps shows, one is so large that it is clipped."""
     optimizer, eps = (model_optimizer(Args()), 1e-8) if is_model else (policy_optimizer(Args()), 1e-5)
     flats = [np.array([1e-6, -3e-6, 2e-8, 4e-5]), np.array([0.3, -2.0, 0.1, 5.0]), np.array([300.0, -40.0, 9.0, 1e-3])]
-    tree = lambda flat: {"encoder": jnp.asarray(flat[:2], jnp.float32), "reward": {"w": jnp.asarray(flat[2:], jnp.float32)}}
+    tree = lambda flat: {"encoder": jnp.array(flat[:2], jnp.float32), "reward": {"w": jnp.array(flat[2:], jnp.float32)}}
     state = optimizer.init(tree(np.zeros(4)))
     scale = np.array([0.3, 0.3, 1.0, 1.0]) if is_model else np.ones(4)
     for flat, expected in zip(flats, np_adam(flats, 3e-4, eps, 20.0), strict=True):
         updates, state = optimizer.update(tree(flat), state, tree(np.zeros(4)))
-        np.testing.assert_allclose(np.concatenate([updates["encoder"], updates["reward"]["w"]]), expected * scale, rtol=1e-4)
+        got = np.concatenate([updates["encoder"], updates["reward"]["w"]])
+        np.testing.assert_allclose(got, expected * scale, rtol=1e-4)
 
 
 def test_gradients_are_clipped_each_on_their_own(one_update):
-    """§3: both norms exceed the clip (0.05 here); what enters Adam has that norm in the model and again in the policy."""
+    """§3: both norms exceed the clip (0.05 here); what enters Adam has that norm, in the model and in the policy."""
     _, _, after, metrics = one_update
     assert metrics["losses/model_grad_norm"] > 0.05 and metrics["losses/policy_grad_norm"] > 0.05
     assert norm(adam_moment(after.model_opt)) == pytest.approx(0.1 * 0.05, rel=1e-3)
@@ -122,14 +124,16 @@ def test_gradients_are_clipped_each_on_their_own(one_update):
 def test_first_step_of_every_network(one_update):
     """§3: Adam's first step is the learning rate times g / (|g| + eps), for the encoder 0.3 of it."""
     agent, _, after, _ = one_update
-    parts = {name: (agent.model[name], after.model[name], adam_moment(after.model_opt)[name], 1e-8) for name in agent.model}
+    moments = adam_moment(after.model_opt)
+    parts = {name: (agent.model[name], after.model[name], moments[name], 1e-8) for name in agent.model}
     parts["policy"] = agent.policy, after.policy, adam_moment(after.policy_opt), 1e-5
     for name, (old, new, moment, eps) in parts.items():
         rate = 1e-3 * (0.3 if name == "encoder" else 1.0)
+        largest = 0.0
         for before, now, m in zip(*(jax.tree.leaves(x) for x in (old, new, moment)), strict=True):
-            grad = 10.0 * np.asarray(m, np.float64)
-            np.testing.assert_allclose(np.asarray(now) - np.asarray(before), -rate * grad / (np.abs(grad) + eps), atol=3e-7)
-        largest = max(np.abs(np.asarray(y) - np.asarray(x)).max() for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new)))
+            grad, moved = 10.0 * np.asarray(m, np.float64), np.asarray(now) - np.asarray(before)
+            np.testing.assert_allclose(moved, -rate * grad / (np.abs(grad) + eps), atol=3e-7)
+            largest = max(largest, np.abs(moved).max())
         assert largest == pytest.approx(rate, rel=0.05), name
 
 
@@ -140,7 +144,8 @@ def test_targets_move_by_tau(one_update):
     """§3: after the update, target <- target + tau (online - target), towards the new weights."""
     agent, _, after, _ = one_update
     for name in ("q", "qc"):
-        for old, online, new in zip(*(jax.tree.leaves(x[name]) for x in (agent.target, after.model, after.target)), strict=True):
+        leaves = (jax.tree.leaves(part[name]) for part in (agent.target, after.model, after.target))
+        for old, online, new in zip(*leaves, strict=True):
             np.testing.assert_allclose(new, 0.93 * np.asarray(old) + 0.07 * np.asarray(online), atol=1e-6)
             assert not np.array_equal(old, new)
 
@@ -188,7 +193,8 @@ def test_policy_side_leaves_the_model_alone(spied_update, one_update):
     agent, batch, after, _ = one_update
     other = agent._replace(multiplier=jnp.float32(5.0), penalty=jnp.float32(0.3), scale=jnp.float32(40.0))
     changed, _ = spied_update(ARGS, other, batch, jax.random.key(0))
-    assert leaves_equal((changed.model, changed.target, changed.model_opt), (after.model, after.target, after.model_opt))
+    for part in ("model", "target", "model_opt"):
+        assert leaves_equal(getattr(changed, part), getattr(after, part))
     assert not leaves_equal(changed.policy, after.policy)
 
 
@@ -222,7 +228,7 @@ def test_scan_equals_a_loop(spied_update):
 
 
 def test_losses_fall_on_a_fixed_dataset_and_nothing_is_compiled_twice():
-    """§3: what can be learned from 40 transitions is learned; metrics are finite and bear their tags; one compilation."""
+    """§3: what 40 transitions can teach is learned; metrics are finite and bear their tags; one compilation."""
     agent, buffer, history, compiled = new_agent(), dataset(), [], set()
     for _ in range(40):
         agent, metrics = update_many(ARGS, agent, buffer, UPDATES)
