@@ -841,7 +841,7 @@ def episode_seed(seed, stream, env, episode):
 
 
 def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
-    """Body of an environment's process: answers ("reset", episode) and ("step", action in [-1, 1]) until it hears None.
+    """Body of an environment's process: answers ("reset", episode), ("step", action in [-1, 1]) and ("render", None).
 
     An episode that ends is followed by the next one at once: a step's answer holds both the observation to act on and
     the one that the step itself led to. Whatever goes wrong is sent back as text."""
@@ -873,12 +873,14 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
                     reward, cost = reward + step_reward, cost + step_cost
                     if terminated or truncated:
                         break
-                next_obs, frame = obs, env.render() if render else None
+                next_obs = obs
                 if terminated or truncated:
                     episode += 1
                     obs, _ = env.reset(seed=episode_seed(seed, stream, index, episode))
                 pipe.send((obs.astype(np.float32), next_obs.astype(np.float32), reward, cost, terminated, truncated,
-                           steps, frame))
+                           steps))
+            elif command == "render":
+                pipe.send(env.render())
             else:
                 return
     except EOFError:
@@ -903,7 +905,14 @@ class EnvStep(NamedTuple):
     obs: np.ndarray  # (E, O): what to act on next
     transition: Transition
     steps: np.ndarray  # (E,): simulator steps taken, fewer than the action repeat where an episode ended
-    frame: np.ndarray | None  # a picture of the first environment, where it renders
+
+
+def send(envs, index, command, value):
+    """A command to one environment process; if that is dead, `receive` says so."""
+    try:
+        envs.pipes[index].send((command, value))
+    except OSError:
+        pass
 
 
 def receive(envs, index):
@@ -919,7 +928,7 @@ def receive(envs, index):
 
 
 def start_envs(args, stream, num_envs, render=False, start_method="fork"):
-    """Start that many environments; with `render` the first one draws. Call it before JAX is used (fork copies no
+    """Start that many environments; with `render` the first one can draw. Call it before JAX is used (fork copies no
     threads), or with start_method "spawn"."""
     context = multiprocessing.get_context(start_method)
     pipes, processes = [], []
@@ -938,36 +947,40 @@ def start_envs(args, stream, num_envs, render=False, start_method="fork"):
 
 def reset_envs(envs, episodes):
     """Begin episode number `episodes[i]` in environment i -> observations (E, O)."""
-    for pipe, episode in zip(envs.pipes, episodes):
-        pipe.send(("reset", int(episode)))
+    for index, episode in enumerate(episodes):
+        send(envs, index, "reset", int(episode))
     return np.stack([receive(envs, index) for index in range(len(envs.pipes))])
 
 
 def step_envs(envs, obs, action):
     """One agent step of every environment from obs (E, O) with action (E, A) in [-1, 1] -> EnvStep."""
-    for pipe, one in zip(envs.pipes, action):
-        pipe.send(("step", one))
+    for index in range(len(envs.pipes)):
+        send(envs, index, "step", action[index])
     answers = [receive(envs, index) for index in range(len(envs.pipes))]
-    new_obs, next_obs, reward, cost, terminated, truncated, steps, frames = zip(*answers)
+    new_obs, next_obs, reward, cost, terminated, truncated, steps = zip(*answers)
     flat = lambda values: np.asarray(values, np.float32)
     transition = Transition(obs, np.asarray(action), flat(reward), flat(cost), np.stack(next_obs), flat(terminated),
                             flat(np.logical_or(terminated, truncated)))
-    return EnvStep(np.stack(new_obs), transition, np.asarray(steps), frames[0])
+    return EnvStep(np.stack(new_obs), transition, np.asarray(steps))
+
+
+def render_env(envs):
+    """A picture (256, 256, 3) of the first environment, which was started with `render`."""
+    send(envs, 0, "render", None)
+    return receive(envs, 0)
 
 
 def close_envs(envs):
-    for pipe in envs.pipes:
-        try:
-            pipe.send((None, None))
-        except OSError:
-            pass
+    """End the environment processes."""
+    for index in range(len(envs.pipes)):
+        send(envs, index, "close", None)
     for process in envs.processes:
         process.join(timeout=2)
         process.kill()
 
 
 def evaluate(args, agent, envs, num_episodes):
-    """Play that many whole episodes without exploration noise -> one dict per episode, frames of the first.
+    """Play that many whole episodes without exploration noise -> one dict per episode, pictures of the first one.
 
     Episode i always has the same seed. The batch is padded to args.num_envs, so that `act` is compiled only once."""
     episodes, frames, num_envs = [], [], len(envs.pipes)
@@ -981,8 +994,8 @@ def evaluate(args, agent, envs, num_episodes):
             action, actor = act(args, agent, actor, padded, is_first, False)
             step = step_envs(envs, obs, np.asarray(action)[:num_envs])
             totals += np.stack([step.transition.reward, step.transition.cost, step.steps], -1) * running[:, None]
-            if step.frame is not None and first == 0 and running[0]:
-                frames.append(step.frame)
+            if args.capture_video and first == 0 and running[0] and not step.transition.done[0]:
+                frames.append(render_env(envs))
             for index in np.flatnonzero(running & (step.transition.done > 0)):
                 plans = float(actor.metrics["charts/balance"][index]) / int(actor.step)
                 episodes.append({"environment": first + int(index), "return": totals[index, 0],
