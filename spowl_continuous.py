@@ -765,8 +765,8 @@ def update(args, agent, batch, key):
 
     online = {name: model[name] for name in agent.target}
     target = jax.tree.map(lambda old, new: old + args.tau * (new - old), agent.target, online)
-    metrics |= policy_metrics | {"losses/model_grad_norm": optax.global_norm(model_grads),
-                                 "losses/policy_grad_norm": optax.global_norm(policy_grads)}
+    metrics |= policy_metrics | {"losses/model_grad_norm": optax.tree.norm(model_grads),
+                                 "losses/policy_grad_norm": optax.tree.norm(policy_grads)}
     return AgentState(model, policy, target, model_opt, policy_opt, multiplier, penalty, scale, agent.key,
                       agent.num_updates + 1), metrics
 

@@ -53,7 +53,7 @@ def environment(place):
 def command(place, *words):
     """Run python with those words in `place` -> the finished process."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment(place), capture_output=True,
-                          text=True, timeout=900)
+                          text=True, timeout=1800)
 
 
 def run(place, *flags):
