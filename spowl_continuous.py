@@ -852,7 +852,7 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
         if render and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")
         env = import_safety_gymnasium().make(env_id, **options)
-        if len(env.observation_space.shape) != 1:
+        if len(env.observation_space.shape or ()) != 1:
             raise ValueError("its observations are not a flat vector")
         low, high = env.action_space.low, env.action_space.high
         pipe.send((env.observation_space.shape[0], low.size))
@@ -1338,6 +1338,7 @@ def train(args):
                      "episodes": (episode_of_env + (running[:, 2] > 0)).tolist()}  # a resumed run begins new episodes
             save_checkpoint(run_dir / "checkpoint.npz", agent, actor, buffer, saved)
             bar.write(summary(episodes, step, total_cost / simulated, wall_time))
+            sys.stdout.flush()  # at once, into a file too
             bar.set_description("")
 
     bar.close()

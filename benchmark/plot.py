@@ -1,6 +1,6 @@
 """From run directories to one csv, and from that csv to one picture: evaluation return, cost, cost rate and balance.
 
-    python benchmark/plot.py --csv benchmark/results/laptop.csv --picture benchmark/results/laptop.png runs/*laptop*
+    python benchmark/plot.py --csv benchmark/results/laptop_ramp.csv --picture benchmark/results/laptop_ramp.png runs/*laptop*
 
 Without run directories the picture is drawn again from the csv that is there. A thin line is a seed, the thick one the
 mean over those seeds that reached the step."""
