@@ -371,11 +371,17 @@ def test_resume_and_evaluate_take_the_flags_of_the_run(point):
     assert evaluated == dataclasses.replace(saved, evaluate=str(point.dir), seed=5, capture_video=True)
 
 
+def heed_ctrl_c():
+    """Where the tests run in the background, Ctrl-C is ignored, and what they start would ignore it too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupted_run_says_how_to_go_on(place):
     """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
     flags = ["--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000"]
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=place, env=environment(place), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=heed_ctrl_c)
     try:
         while not (line := process.stdout.readline()).startswith("step "):
             assert line, process.stderr.read()
