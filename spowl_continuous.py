@@ -1049,7 +1049,7 @@ def load_checkpoint(path, templates):
             return jax.tree_util.tree_map_with_path(restore, templates), counters
     except FileNotFoundError:
         raise SystemExit(f"{path} does not exist: the run was stopped before its first evaluation, start it anew")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path} is damaged or not a checkpoint of this script: {error}")
 
 
@@ -1147,11 +1147,11 @@ def parse_args(argv=None):
     if run_dir:
         try:
             info = json.loads((Path(run_dir) / "args.json").read_text())
-            saved = Args(**info["args"])
+            script, saved = info["script"], Args(**info["args"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
-        if info["script"] != Path(__file__).stem:
-            raise SystemExit(f"{run_dir} was made by {info['script']}.py: use that script")
+        if script != Path(__file__).stem:
+            raise SystemExit(f"{run_dir} was made by {script}.py: use that script")
         args = tyro.cli(Args, args=argv, default=saved)
         free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
         changed = [field.name for field in dataclasses.fields(Args)

@@ -1,14 +1,14 @@
 """From run directories to one csv, and from that csv to one picture: evaluation return, cost, cost rate and balance.
 
-    python benchmark/plot.py --csv benchmark/results/laptop_ramp.csv --picture benchmark/results/laptop_ramp.png runs/*laptop*
+    python benchmark/plot.py --csv benchmark/results/NAME.csv --picture benchmark/results/NAME.png runs/*NAME*
 
 Without run directories the picture is drawn again from the csv that is there. A thin line is a seed, the thick one the
 mean over those seeds that reached the step."""
 
 import csv
+import json
 from collections import defaultdict
 from dataclasses import dataclass
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -92,8 +92,8 @@ def main(options):
         with open(options.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-                             for row in rows)
+            short = lambda value: f"{value:.6g}" if isinstance(value, float) else value
+            writer.writerows({name: short(value) for name, value in row.items()} for row in rows)
     with open(options.csv, newline="") as file:
         draw(list(csv.DictReader(file)), options.picture, options.cost_line)
 

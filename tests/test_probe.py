@@ -86,10 +86,7 @@ def test_reward_and_cost_that_depend_on_the_observation():
 
 
 def test_discounting_over_two_steps():
-    """-1 -> 0 for nothing, 0 -> end for reward 1 and cost 1: Q = (gamma, 1), Qc = (gamma_c, 1).
-
-    The sequences that begin at 0 reach into the next episode, of which nothing must be learned; the first observation
-    of that episode is not what the last step led to."""
+    """-1 -> 0 for nothing, 0 -> end for reward 1 and cost 1: Q = (gamma, 1), Qc = (gamma_c, 1)."""
     _, actions = random_columns(3, 120)
     ones = np.ones(E)
     rows = [batched(-ones, a, 0 * ones, 0 * ones, 0 * ones, 0 * ones, 0 * ones) if t % 2 == 0 else

@@ -371,17 +371,17 @@ def test_resume_and_evaluate_take_the_flags_of_the_run(point):
     assert evaluated == dataclasses.replace(saved, evaluate=str(point.dir), seed=5, capture_video=True)
 
 
-def heed_ctrl_c():
-    """Where the tests run in the background, Ctrl-C is ignored, and what they start would ignore it too."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where the tests run in the background, Ctrl-C is ignored, and what they start would ignore it too.
+HEED_CTRL_C = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])"""
 
 
 def test_an_interrupted_run_says_how_to_go_on(place):
     """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
     flags = ["--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000"]
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=place, env=environment(place), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                               preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen([sys.executable, "-c", HEED_CTRL_C, sys.executable, SCRIPT, *flags], cwd=place, env=environment(place), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         while not (line := process.stdout.readline()).startswith("step "):
             assert line, process.stderr.read()
