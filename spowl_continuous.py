@@ -1353,8 +1353,9 @@ def main(argv=None):
     try:
         evaluate_run(args) if args.evaluate else train(args)
     except KeyboardInterrupt:
-        print("\nstopped; go on from the last checkpoint with --resume and the run's directory", file=sys.stderr)
-        sys.exit(130)
+        message = "\nstopped; go on from the last checkpoint with --resume and the run's directory"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(130)  # at once: Python's own exit has crashed under XLA's threads, which may still be computing
 
 
 if __name__ == "__main__":

@@ -428,9 +428,14 @@ def without(info, name):
     return {key: value for key, value in info.items() if key != name}
 
 
-def save_objects(path):
-    with open(path, "wb") as file:
-        np.savez(file, counters=np.array([{}], dtype=object))
+class Trap:
+    """Unpickling this makes a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def rewrite(path, change):
@@ -457,7 +462,8 @@ SPOILED = {
     "text for a checkpoint": lambda run, file: file.write_text("a checkpoint"),
     "one array for a checkpoint": lambda run, file: file.write_bytes(npy_bytes()),
     "a directory for a checkpoint": lambda run, file: (file.unlink(), file.mkdir()),
-    "pickled objects": lambda run, file: save_objects(file),
+    "pickled objects": lambda run, file: rewrite(file, lambda arrays: arrays | {
+        "['agent'].scale": np.array(Trap(run / "unpickled"), object)}),
     "a missing array": lambda run, file: rewrite(file, lambda arrays: without(arrays, "['agent'].multiplier")),
     "missing counters": lambda run, file: rewrite(file, lambda arrays: without(arrays, "counters")),
     "counters not json": lambda run, file: rewrite(file, lambda arrays: arrays | {"counters": np.array("{")}),
@@ -480,6 +486,7 @@ def test_what_is_no_run_is_refused_in_one_line(copied, what):
         spowl.main(["--evaluate", str(copied)])
     message = str(stop.value)
     assert str(copied) in message and "\n" not in message
+    assert not (copied / "unpickled").exists()
 
 
 @pytest.mark.parametrize("part", np.linspace(0.02, 0.98, 8).tolist())
