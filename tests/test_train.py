@@ -277,6 +277,7 @@ def test_evaluation_alone_changes_nothing_else(point, evaluated):
         assert (point.dir / name).read_bytes() == (evaluated.dir / name).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # by imageio, which starts ffmpeg
 def test_video_shows_the_first_episode(evaluated):
     """One picture of 256x256 per agent step but the last, and the scene moves."""
     if not evaluated.draws:
