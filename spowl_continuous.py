@@ -85,7 +85,7 @@ class Args:
     # --- Run
     env_id: str = "SafetyPointGoal1-v0"
     """task of Safety-Gymnasium"""
-    exp_name: str = "spowl_continuous"
+    exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's directory"""
     seed: int = 1
     """seed of every random stream: networks, exploration, batches, environments"""
@@ -204,7 +204,7 @@ class Args:
     num_samples: int = 512
     """sequences N scored per iteration, the policy's included"""
     num_pi_trajs: int = 24
-    """sequences P among them that are rolled out with the policy and set the thresholds"""
+    """sequences P among them that are rolled out with the policy"""
     num_elites: int = 64
     """most sequences k that the next mean and std are fitted to"""
     iterations: int = 6
@@ -423,11 +423,10 @@ class Buffer(NamedTuple):
     size: jax.Array
 
 
-def init_buffer(args, obs_dim, action_dim, num_envs=None):
+def init_buffer(args, obs_dim, action_dim):
     """An empty ring of args.buffer_size transitions."""
-    num_envs = num_envs or args.num_envs
     sizes = Transition((obs_dim,), (action_dim,), (), (), (obs_dim,), (), ())
-    rows = Transition(*(jnp.zeros((args.buffer_size // num_envs, num_envs, *size)) for size in sizes))
+    rows = Transition(*(jnp.zeros((args.buffer_size // args.num_envs, args.num_envs, *size)) for size in sizes))
     return Buffer(rows, jnp.int32(0), jnp.int32(0))
 
 
@@ -457,7 +456,7 @@ def sample(args, buffer, key):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Planner and decision
+# Acting
 # ----------------------------------------------------------------------------------------------------------------------
 def policy_rollout(args, model, policy, z, key):
     """(Z,) -> (H, P, A): action sequences of the policy in latent space, the prior A_pi."""
@@ -485,33 +484,38 @@ def evaluate_plans(args, model, policy, z, actions, key):
     return returns, costs
 
 
-def select_elites(args, returns, costs, is_prior, reward_threshold, cost_threshold):
-    """Algorithm 1, (N,) each -> mask of the elites (N,) and how many sequences improve on the policy.
+def select_elites(args, returns, costs):
+    """Algorithm 1, (N,) each, the policy's sequences first -> mask of the elites (N,), metrics.
 
-    Improving: J >= d_R and J_c <= d_c. None: the policy's own sequences. More than k: the k of highest J among them."""
+    Thresholds d_R, d_c: the means over the policy's sequences (Eq. 12). Improving: J >= d_R and J_c <= d_c. None: the
+    policy's own sequences. More than k: the k of highest J among them."""
+    reward_threshold, cost_threshold = returns[:args.num_pi_trajs].mean(), costs[:args.num_pi_trajs].mean()
     improving = (returns >= reward_threshold) & (costs <= cost_threshold)
     _, best = jax.lax.top_k(jnp.where(improving, returns, -jnp.inf), args.num_elites)
     elites = jnp.zeros_like(improving).at[best].set(True) & improving
-    num_improving = jnp.sum(improving)
-    return jnp.where(num_improving > 0, elites, is_prior), num_improving
+    is_prior = jnp.arange(args.num_samples) < args.num_pi_trajs
+    metrics = {
+        "planner/reward_threshold": reward_threshold,
+        "planner/cost_threshold": cost_threshold,
+        "planner/num_improving": jnp.sum(improving, dtype=jnp.float32),
+        "planner/no_improvement": 1.0 - jnp.any(improving),
+    }
+    return jnp.where(jnp.any(improving), elites, is_prior), metrics
 
 
 class Plan(NamedTuple):
     mean: jax.Array  # (H, A)
     std: jax.Array  # (H, A)
     action: jax.Array  # (A,): first action of the elite that was drawn
-    num_improving: jax.Array
 
 
 def plan(args, model, policy, z, last_mean, key):
-    """(Z,) -> Plan and the thresholds d_R, d_c: cross-entropy refinement of action sequences under both constraints.
+    """(Z,) -> Plan, metrics of its last iteration: cross-entropy refinement of action sequences towards the elites.
 
     `last_mean` (H, A) is the mean of the plan one agent step ago (zeros after a reset)."""
     key_rollout, key_prior, key_refine = jax.random.split(key, 3)
     prior = policy_rollout(args, model, policy, z, key_rollout)
     prior_returns, prior_costs = evaluate_plans(args, model, policy, z, prior, key_prior)  # once: they do not change
-    thresholds = prior_returns.mean(), prior_costs.mean()
-    is_prior = jnp.arange(args.num_samples) < args.num_pi_trajs
 
     def refine(current, key):
         key_sample, key_value, key_draw = jax.random.split(key, 3)
@@ -521,18 +525,18 @@ def plan(args, model, policy, z, last_mean, key):
         actions = jnp.concatenate([prior, sampled], axis=1)
         returns = jnp.concatenate([prior_returns, sampled_returns])
         costs = jnp.concatenate([prior_costs, sampled_costs])
-        elites, num_improving = select_elites(args, returns, costs, is_prior, *thresholds)
+        elites, metrics = select_elites(args, returns, costs)
         log_weights = jnp.where(elites, args.temperature * returns, -jnp.inf)
         weights = jax.nn.softmax(log_weights)
         mean = jnp.einsum("n,hna->ha", weights, actions)
         std = jnp.sqrt(jnp.einsum("n,hna->ha", weights, (actions - mean[:, None]) ** 2))
         drawn = jax.random.categorical(key_draw, log_weights)
-        return Plan(mean, jnp.clip(std, args.min_std, args.max_std), actions[0, drawn], num_improving), None
+        return Plan(mean, jnp.clip(std, args.min_std, args.max_std), actions[0, drawn]), metrics
 
     first_mean = jnp.concatenate([last_mean[1:], jnp.zeros_like(last_mean[:1])])  # shifted by one step
-    first = Plan(first_mean, jnp.full_like(first_mean, args.max_std), first_mean[0], jnp.int32(0))
-    final, _ = jax.lax.scan(refine, first, jax.random.split(key_refine, args.iterations))
-    return final, thresholds
+    first = Plan(first_mean, jnp.full_like(first_mean, args.max_std), first_mean[0])
+    final, metrics = jax.lax.scan(refine, first, jax.random.split(key_refine, args.iterations))
+    return final, jax.tree.map(lambda values: values[-1], metrics)
 
 
 def bootstrap_bounds(args, values, key):
@@ -553,7 +557,7 @@ def prefer_plan(args, q_plan, q_policy, qc_plan, qc_policy, key):
 def decide(args, model, policy, z, last_mean, key, explore):
     """(Z,) -> action (A,), the plan's mean (H, A), metrics: the choice between plan and policy for one environment."""
     key_plan, key_noise, key_policy, key_switch = jax.random.split(key, 4)
-    final, (reward_threshold, cost_threshold) = plan(args, model, policy, z, last_mean, key_plan)
+    final, metrics = plan(args, model, policy, z, last_mean, key_plan)
     noise = final.std[0] * jax.random.normal(key_noise, final.action.shape)
     plan_action = jnp.clip(final.action + jnp.where(explore, noise, 0.0), -1.0, 1.0)
     sampled, mean, _ = policy_sample(args, policy, z, key_policy)
@@ -561,14 +565,8 @@ def decide(args, model, policy, z, last_mean, key, explore):
     both = jnp.stack([plan_action, policy_action])
     q, qc = heads(args, model["q"], z[None], both), heads(args, model["qc"], z[None], both)  # (K, 2)
     use_plan = prefer_plan(args, q[:, 0], q[:, 1], qc[:, 0], qc[:, 1], key_switch)
-    metrics = {
-        "charts/balance": use_plan.astype(jnp.float32),
-        "planner/reward_threshold": reward_threshold,
-        "planner/cost_threshold": cost_threshold,
-        "planner/num_improving": final.num_improving.astype(jnp.float32),
-        "planner/no_improvement": (final.num_improving == 0).astype(jnp.float32),
-    }
-    return jnp.where(use_plan, plan_action, policy_action), final.mean, metrics
+    action = jnp.where(use_plan, plan_action, policy_action)
+    return action, final.mean, metrics | {"charts/balance": use_plan.astype(jnp.float32)}
 
 
 class Actor(NamedTuple):
@@ -580,13 +578,12 @@ class Actor(NamedTuple):
     metrics: dict  # name -> (E,): sums over agent steps since they were last set to zero
 
 
-def init_actor(args, key, action_dim, num_envs=None):
-    """An actor for that many environments (args.num_envs unless told)."""
+def init_actor(args, key, action_dim):
+    """An actor at the start of a run."""
     names = ["charts/balance"] + [f"planner/{name}" for name in (
         "reward_threshold", "cost_threshold", "num_improving", "no_improvement")]
-    num_envs = num_envs or args.num_envs
-    plan_mean = jnp.zeros((num_envs, args.horizon, action_dim))
-    return Actor(jnp.copy(key), jnp.int32(0), plan_mean, {name: jnp.zeros(num_envs) for name in names})
+    plan_mean = jnp.zeros((args.num_envs, args.horizon, action_dim))
+    return Actor(jnp.copy(key), jnp.int32(0), plan_mean, {name: jnp.zeros(args.num_envs) for name in names})
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="actor")
@@ -1147,11 +1144,11 @@ def parse_args(argv=None):
     if run_dir:
         try:
             info = json.loads((Path(run_dir) / "args.json").read_text())
-            script, saved = info["script"], Args(**info["args"])
+            if info["script"] != Path(__file__).stem:
+                raise SystemExit(f"{run_dir} was made by {info['script']}.py: use that script")
+            saved = Args(**info["args"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
-        if script != Path(__file__).stem:
-            raise SystemExit(f"{run_dir} was made by {script}.py: use that script")
         args = tyro.cli(Args, args=argv, default=saved)
         free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
         changed = [field.name for field in dataclasses.fields(Args)
@@ -1276,7 +1273,7 @@ def train(args):
                 action = random.uniform(-1.0, 1.0, (args.num_envs, envs.action_dim)).astype(np.float32)
             else:
                 if act._cache_size() == 0:
-                    bar.set_description("compiling the planner")
+                    bar.set_description("compiling the actor")
                 action, actor = act(args, agent, actor, obs, is_first, True)
                 action, acts = np.asarray(action), acts + 1
             seconds["act"] += time.time() - clock

@@ -86,18 +86,20 @@ def test_policy_rollout(agent, z):
 # ----------------------------------------------------------------------------------------------------------------------
 # Elites
 # ----------------------------------------------------------------------------------------------------------------------
-N, PRIOR, MOST = 12, 3, 4
+N, PRIOR, MOST = 13, 4, 5
 choose = jax.jit(partial(select_elites, small_args(num_samples=N, num_pi_trajs=PRIOR, num_elites=MOST)))
-IS_PRIOR = np.arange(N) < PRIOR
+NONE_OF_PRIOR = [9.0, 1.0, 9.0, 1.0]  # as J and as J_c: both thresholds are 5, and no sequence of A_pi meets both
 
 
-def check_elites(returns, costs, reward_threshold, cost_threshold):
+def check_elites(returns, costs):
     """Algorithm 1 by sorting; among equal returns at the cut any choice is right."""
-    elites, count = choose(jnp.array(returns, jnp.float32), jnp.array(costs, jnp.float32), IS_PRIOR,
-                           jnp.float32(reward_threshold), jnp.float32(cost_threshold))
+    elites, metrics = choose(jnp.array(returns, jnp.float32), jnp.array(costs, jnp.float32))
     chosen = np.flatnonzero(elites)
-    improving = [n for n in range(N) if returns[n] >= reward_threshold and costs[n] <= cost_threshold]
-    assert elites.dtype == bool and int(count) == len(improving)
+    thresholds = np.mean(returns[:PRIOR]), np.mean(costs[:PRIOR])  # Eq. 12
+    improving = [n for n in range(N) if returns[n] >= thresholds[0] and costs[n] <= thresholds[1]]
+    assert elites.dtype == bool and float(metrics["planner/num_improving"]) == len(improving)
+    assert float(metrics["planner/no_improvement"]) == (not improving)
+    assert (metrics["planner/reward_threshold"], metrics["planner/cost_threshold"]) == pytest.approx(thresholds)
     if not improving:
         assert chosen.tolist() == list(range(PRIOR))
     else:
@@ -111,31 +113,33 @@ small_numbers = st.lists(st.integers(-2, 3).map(float), min_size=N, max_size=N)
 
 
 @settings(max_examples=150)
-@given(small_numbers, small_numbers, st.integers(-3, 4), st.integers(-3, 4))
-def test_elites_against_sorting(returns, costs, reward_threshold, cost_threshold):
+@given(small_numbers, small_numbers)
+def test_elites_against_sorting(returns, costs):
     """Algorithm 1 on numbers with many ties."""
-    check_elites(returns, costs, float(reward_threshold), float(cost_threshold))
+    check_elites(returns, costs)
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST - 1, MOST, MOST + 1, N])
+@pytest.mark.parametrize("count", [0, 1, MOST - 1, MOST, MOST + 1, N - PRIOR])
 def test_elites_by_number_of_improving_sequences(count):
     """Algorithm 1: none -> A_pi; up to k -> all of them; more -> the k of highest J, whatever their cost."""
-    returns, costs = np.arange(N)[::-1] + 10.0, np.where(np.arange(N) >= N - count, 1.0, 3.0)
+    returns = NONE_OF_PRIOR + list(range(20, 20 - (N - PRIOR), -1))
+    costs = NONE_OF_PRIOR + [4.0 if n >= N - count else 6.0 for n in range(PRIOR, N)]
     expected = {0: set(range(PRIOR))}.get(count, set(range(N - count, min(N, N - count + MOST))))
-    assert check_elites(returns.tolist(), costs.tolist(), 5.0, 2.0) == expected
+    assert check_elites(returns, costs) == expected
 
 
 def test_elites_when_all_are_equal():
     """Algorithm 1: meeting both thresholds exactly is an improvement; k of the equals are taken."""
-    assert len(check_elites([2.0] * N, [1.0] * N, 2.0, 1.0)) == MOST
-    assert check_elites([2.0] * N, [1.0] * N, 2.0, 0.999) == set(range(PRIOR))
-    assert check_elites([2.0] * N, [1.0] * N, 2.001, 1.0) == set(range(PRIOR))
+    equal, rest = [2.0] * N, N - PRIOR
+    assert len(check_elites(equal, equal)) == MOST
+    assert check_elites(equal, equal[:PRIOR] + [2.001] * rest) == set(range(PRIOR))
+    assert check_elites(equal[:PRIOR] + [1.999] * rest, equal) == set(range(PRIOR))
 
 
 def test_elites_need_both():
     """Algorithm 1: a high return at too high a cost is not chosen, nor a low cost at too low a return."""
-    returns, costs = [9.0] * 6 + [1.0] * 5 + [5.0], [9.0] * 6 + [0.0] * 5 + [1.0]
-    assert check_elites(returns, costs, 4.0, 2.0) == {11}
+    returns, costs = [9.0] * 4 + [1.0] * 4 + [6.0], [9.0] * 4 + [0.0] * 4 + [4.0]
+    assert check_elites(NONE_OF_PRIOR + returns, NONE_OF_PRIOR + costs) == {N - 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,6 +150,10 @@ def stand_in_model(monkeypatch, prior, score=lambda first: (first, jnp.zeros_lik
     monkeypatch.setattr(spowl, "policy_rollout", lambda args, model, policy, z, key: jnp.asarray(prior, jnp.float32))
     monkeypatch.setattr(spowl, "evaluate_plans", lambda args, model, policy, z, actions, key: score(actions[0, :, 0]))
     return jax.jit(lambda args, last_mean, key: plan(args, None, None, None, last_mean, key), static_argnums=0)
+
+
+def thresholds_of(metrics):
+    return metrics["planner/reward_threshold"], metrics["planner/cost_threshold"]
 
 
 def plan_args(**changes):
@@ -161,9 +169,9 @@ def test_first_mean_is_the_last_one_shifted(monkeypatch):
     """§5: one step on, 0 at its end: with almost no std all samples, and so the next mean, are that first mean."""
     run = stand_in_model(monkeypatch, -np.ones((3, 3, 2)))  # samples improve on A_pi
     args = plan_args(min_std=1e-6, max_std=1e-6, num_elites=37)
-    final, _ = run(args, LAST, jax.random.key(0))
+    final, metrics = run(args, LAST, jax.random.key(0))
     np.testing.assert_allclose(final.mean, SHIFTED, atol=1e-5)
-    assert int(final.num_improving) == 40  # A_pi, all equal, meets its own thresholds; the 37 samples are the best
+    assert metrics["planner/num_improving"] == 40  # A_pi, all equal, meets its own thresholds; the samples are better
     np.testing.assert_allclose(final.action, SHIFTED[0], atol=1e-5)
 
 
@@ -201,10 +209,9 @@ def hopeless(first):
 def test_mean_and_std_of_known_elites(monkeypatch, temperature):
     """§5: thresholds 4.75 and 3 are means over A_pi; its sequences 2 and 3 improve; weights softmax(T J), 0: plain."""
     run = stand_in_model(monkeypatch, PRIOR_ACTIONS, hopeless)
-    final, (reward_threshold, cost_threshold) = run(
-        plan_args(num_pi_trajs=4, temperature=temperature, min_std=1e-4), LAST, jax.random.key(0))
-    assert (reward_threshold, cost_threshold) == pytest.approx((4.75, 3.0))
-    assert int(final.num_improving) == 2
+    final, metrics = run(plan_args(num_pi_trajs=4, temperature=temperature, min_std=1e-4), LAST, jax.random.key(0))
+    assert thresholds_of(metrics) == pytest.approx((4.75, 3.0))
+    assert metrics["planner/num_improving"] == 2
     weights = np_softmax(temperature * np.array([7.0, 9.0]))
     assert temperature != 0.0 or weights.tolist() == [0.5, 0.5]
     elites = PRIOR_ACTIONS[:, 2:].astype(np.float64)
@@ -223,10 +230,10 @@ def test_fallback_to_the_prior(monkeypatch):
     prior = PRIOR_ACTIONS.copy()
     prior[0, :, 0] = [0.1, 0.2, 0.3, 0.6]  # means are 3: J >= 3 with J_c <= 3 for the third alone; so lift its cost
     score = lambda first: (opposed(first)[0], opposed(first)[1] + 5.0 * (jnp.abs(first - 0.3) < 1e-6))
-    final, (reward_threshold, cost_threshold) = stand_in_model(monkeypatch, prior, score)(
+    final, metrics = stand_in_model(monkeypatch, prior, score)(
         plan_args(num_pi_trajs=4, num_elites=2), LAST, jax.random.key(0))
-    assert (reward_threshold, cost_threshold) == pytest.approx((3.0, 4.25))
-    assert int(final.num_improving) == 0
+    assert thresholds_of(metrics) == pytest.approx((3.0, 4.25))
+    assert metrics["planner/num_improving"] == 0 and metrics["planner/no_improvement"] == 1
     weights = np_softmax(0.5 * np.array([1.0, 2.0, 3.0, 6.0]))
     np.testing.assert_allclose(final.mean, np.einsum("n,hna->ha", weights, prior), rtol=1e-4, atol=1e-6)
     assert np.any(np.all(np.isclose(np.asarray(final.action), prior[0]), -1))
@@ -253,11 +260,11 @@ def test_plans_stay_in_bounds(horizon, num_prior, num_actions, more, iterations)
         num_samples = num_prior + 1 + more
         args = plan_args(horizon=horizon, num_pi_trajs=num_prior, num_samples=num_samples, min_std=0.2, max_std=0.5,
                          num_elites=min(4, num_samples), iterations=iterations)
-        final, _ = run(args, jnp.full((horizon, num_actions), 0.95), jax.random.key(more))
+        final, metrics = run(args, jnp.full((horizon, num_actions), 0.95), jax.random.key(more))
     assert final.mean.shape == final.std.shape == (horizon, num_actions) and final.action.shape == (num_actions,)
     assert np.all(np.abs(final.mean) <= 1.0) and np.all(np.abs(final.action) <= 1.0)
     assert np.all(final.std >= np.float32(0.2)) and np.all(final.std <= np.float32(0.5))
-    assert 0 <= int(final.num_improving) <= args.num_samples
+    assert 0 <= metrics["planner/num_improving"] <= args.num_samples
 
 
 def test_refinement_finds_the_best_action(monkeypatch):
@@ -295,17 +302,18 @@ def test_two_refinements_by_brute_force(agent, z, monkeypatch):
     monkeypatch.setattr(spowl, "evaluate_plans", spy)
     policy = certain(agent.policy, raw=-0.3)
     run = jax.jit(plan, static_argnums=0)
-    final, thresholds = run(args, agent.model, policy, z, jnp.asarray(LAST), jax.random.key(3))
+    final, metrics = run(args, agent.model, policy, z, jnp.asarray(LAST), jax.random.key(3))
     jax.effects_barrier()
     prior, *sampled = calls
     assert prior[0].shape == (3, 8, 2) and [x[0].shape for x in sampled] == [(3, 22, 2)] * 2
+    thresholds = thresholds_of(metrics)
     assert thresholds == pytest.approx((prior[1].mean(), prior[2].mean()), rel=1e-4)
     refined = []
     for drawn in sampled:
         actions, returns, costs = np.concatenate([prior[0], drawn[0]], 1), *np.concatenate([prior[1:], drawn[1:]], 1)
         refined.append(np_refine(args, actions, returns, costs, *(float(x) for x in thresholds)))
     (first_mean, first_std, _, _), (mean, std, elites, improving) = refined
-    assert int(final.num_improving) == improving > 4  # more than there are elites
+    assert metrics["planner/num_improving"] == improving > 4  # more than there are elites
     np.testing.assert_allclose(final.mean, mean, atol=1e-5)
     np.testing.assert_allclose(final.std, std, atol=1e-5)
     assert np.any(np.all(np.isclose(np.asarray(final.action), actions[0, elites], atol=1e-6), -1))

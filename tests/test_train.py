@@ -56,18 +56,18 @@ def command(place, *words):
                           text=True, timeout=1800)
 
 
-def run(place, *flags):
-    """Run the script, which must succeed."""
-    finished = command(place, SCRIPT, *flags)
+def run(place, *flags, script=SCRIPT):
+    """Run a script, which must succeed."""
+    finished = command(place, script, *flags)
     assert finished.returncode == 0, finished.stderr
     assert "Traceback" not in finished.stderr
     return finished
 
 
-def train(place, *flags):
+def train(place, *flags, script=SCRIPT):
     """Train into a directory of its own -> the run's directory, the finished process."""
     runs = place / f"runs{len(list(place.iterdir()))}"
-    finished = run(place, "--runs-dir", runs, *flags)
+    finished = run(place, "--runs-dir", runs, *flags, script=script)
     (directory,) = runs.iterdir()
     return types.SimpleNamespace(dir=directory, stdout=finished.stdout, stderr=finished.stderr)
 
@@ -381,8 +381,9 @@ os.execv(sys.argv[1], sys.argv[1:])"""
 def test_an_interrupted_run_says_how_to_go_on(place):
     """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
     flags = ["--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000"]
-    process = subprocess.Popen([sys.executable, "-c", HEED_CTRL_C, sys.executable, SCRIPT, *flags], cwd=place, env=environment(place), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", HEED_CTRL_C, sys.executable, SCRIPT, *flags], cwd=place,
+                               env=environment(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
     try:
         while not (line := process.stdout.readline()).startswith("step "):
             assert line, process.stderr.read()
