@@ -80,6 +80,7 @@ def draw(rows, path, cost_line):
             axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
         axis.set(title=title, xlabel="simulator steps")
         axis.set_ylim(0, None) if name != "return" else None
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize="small")
     figure.suptitle(", ".join(dict.fromkeys(row["env_id"] for row in rows)))
