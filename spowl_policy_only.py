@@ -51,22 +51,26 @@ simulator steps unless called agent steps (one = `action_repeat` of them).
 """
 
 import atexit
+import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 import types
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -77,6 +81,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,6 +124,8 @@ class Args:
     """simulator steps with uniformly random actions before the first update"""
     train_every: int = 5_000
     """simulator steps between two blocks of updates; a block has one update per agent step collected"""
+    env_timeout: float = 60.0
+    """seconds after which an environment's process that gives no answer is replaced"""
     eval_every: int = 50_000
     """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
     eval_episodes: int = 10
@@ -442,9 +449,10 @@ def add(buffer, transition):
 
 
 @partial(jax.jit, donate_argnames="buffer")
-def cut_episodes(buffer):
-    """Mark the newest row as an episode's end (a truncation), so that what is added next cannot be joined to it."""
-    done = buffer.rows.done.at[buffer.head - 1].set(1.0)
+def cut_episodes(buffer, cut):
+    """Mark the newest row as an episode's end (a truncation) where `cut` (E,): what is added next cannot join it."""
+    newest = buffer.rows.done[buffer.head - 1]
+    done = buffer.rows.done.at[buffer.head - 1].set(jnp.where(cut, 1.0, newest))
     return buffer._replace(rows=buffer.rows._replace(done=done))
 
 
@@ -661,6 +669,7 @@ def update_many(args, agent, buffer, num_updates):
         return update(args, agent, sample(args, buffer, key_sample), key_update)
 
     agent, metrics = jax.lax.scan(step, agent, length=num_updates)
+    metrics["losses/param_norm"] = optax.tree.norm((agent.model, agent.policy))
     return agent, jax.tree.map(jnp.mean, metrics)
 
 
@@ -727,6 +736,7 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
     An episode that ends is followed by the next one at once: a step's answer holds both the observation to act on and
     the one that the step itself led to. Whatever goes wrong is sent back as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent, episode = os.getppid(), 0
     try:
         options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 256, "height": 256} if render else {}
@@ -736,6 +746,7 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
         if len(env.observation_space.shape or ()) != 1:
             raise ValueError("its observations are not a flat vector")
         low, high = env.action_space.low, env.action_space.high
+        env.reset(seed=0)  # all resets but a process's first depend on the seed alone (Car differs in the 17th digit)
         pipe.send((env.observation_space.shape[0], low.size))
         while True:
             while not pipe.poll(5.0):
@@ -767,15 +778,23 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
     except EOFError:
         pass
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(f"{type(error).__name__}: {error}")
+
+
+class EnvFailure(Exception):
+    """An environment's process died, hung or raised."""
 
 
 class Envs(NamedTuple):
-    """Handles of the environment processes, and their sizes."""
+    """Handles of the environment processes, and their sizes. The three lists change where a process is replaced."""
 
-    env_id: str
+    args: Args
+    stream: int  # 0 training, 1 evaluation
+    render: bool
     processes: list
     pipes: list
+    failures: list  # one text per process that was replaced
     obs_dim: int
     action_dim: int
 
@@ -786,6 +805,12 @@ class EnvStep(NamedTuple):
     obs: np.ndarray  # (E, O): what to act on next
     transition: Transition
     steps: np.ndarray  # (E,): simulator steps taken, fewer than the action repeat where an episode ended
+    restarted: np.ndarray  # (E,): how often the process failed and was replaced; the step is then a new episode's first
+
+
+def warn(message):
+    """A line of its own on stderr, also while there is a progress bar."""
+    tqdm.write(message, file=sys.stderr)
 
 
 def send(envs, index, command, value):
@@ -796,53 +821,121 @@ def send(envs, index, command, value):
         pass
 
 
-def receive(envs, index):
-    """The answer of one environment process; SystemExit with one line if it failed or died."""
+def receive(envs, index, timeout=None):
+    """The answer of one environment process; EnvFailure if it failed, died or gave none in time."""
+    timeout = timeout or envs.args.env_timeout
     try:
-        answer = envs.pipes[index].recv()
-    except (EOFError, ConnectionError):
+        if envs.pipes[index].poll(timeout):
+            answer = envs.pipes[index].recv()
+        else:
+            answer = f"no answer for {timeout:g} seconds"
+    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
         envs.processes[index].join(timeout=5)
         answer = f"its process ended with exit code {envs.processes[index].exitcode}"
     if isinstance(answer, str):
-        raise SystemExit(f"environment {index} of {envs.env_id} failed: {answer}")
+        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {index} of {envs.args.env_id} "
+                         f"(seed {envs.args.seed}): {answer}")
     return answer
+
+
+def start_env(args, stream, index, render, start_method):
+    """Start the process of one environment -> process, pipe."""
+    context = multiprocessing.get_context(start_method)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=env_worker, daemon=True, args=(
+        theirs, args.env_id, args.action_repeat, args.seed, stream, index, render and index == 0))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
 
 
 def start_envs(args, stream, num_envs, render=False, start_method="fork"):
     """Start that many environments; with `render` the first one can draw. Call it before JAX is used (fork copies no
-    threads), or with start_method "spawn"."""
-    context = multiprocessing.get_context(start_method)
-    pipes, processes = [], []
-    for index in range(num_envs):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=env_worker, daemon=True, args=(
-            theirs, args.env_id, args.action_repeat, args.seed, stream, index, render and index == 0))
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    envs = Envs(args.env_id, processes, pipes, 0, 0)
-    sizes = [receive(envs, index) for index in range(num_envs)]
+    threads), or with start_method "spawn". EnvFailure if one cannot be made."""
+    started = [start_env(args, stream, index, render, start_method) for index in range(num_envs)]
+    envs = Envs(args, stream, render, *map(list, zip(*started)), [], 0, 0)
+    try:
+        sizes = [receive(envs, index, START_TIMEOUT) for index in range(num_envs)]
+    except EnvFailure:
+        close_envs(envs)
+        raise
     return envs._replace(obs_dim=sizes[0][0], action_dim=sizes[0][1])
+
+
+MAX_RESTARTS = 10
+
+
+def restart_env(envs, index, episode, failure):
+    """A new process in the place of one that failed, at the start of that episode -> its observation (O,).
+
+    EnvFailure after MAX_RESTARTS since `envs.failures` was last emptied."""
+    while True:
+        envs.failures.append(str(failure))
+        if len(envs.failures) > MAX_RESTARTS:
+            raise EnvFailure(f"{failure} (after {MAX_RESTARTS} restarts)")
+        warn(f"{failure}; restarted in episode {episode}")
+        envs.processes[index].kill()
+        envs.pipes[index].close()
+        # spawned: by now JAX has threads, which a fork would copy in whatever state they are
+        envs.processes[index], envs.pipes[index] = start_env(envs.args, envs.stream, index, envs.render, "spawn")
+        try:
+            receive(envs, index, START_TIMEOUT)
+            send(envs, index, "reset", int(episode))
+            return receive(envs, index)
+        except EnvFailure as again:
+            failure = again
 
 
 def reset_envs(envs, episodes):
     """Begin episode number `episodes[i]` in environment i -> observations (E, O)."""
     for index, episode in enumerate(episodes):
         send(envs, index, "reset", int(episode))
-    return np.stack([receive(envs, index) for index in range(len(envs.pipes))])
+    obs = []
+    for index, episode in enumerate(episodes):
+        try:
+            obs.append(receive(envs, index))
+        except EnvFailure as failure:
+            obs.append(restart_env(envs, index, episode, failure))
+    return np.stack(obs)
 
 
-def step_envs(envs, obs, action):
-    """One agent step of every environment from obs (E, O) with action (E, A) in [-1, 1] -> EnvStep."""
+def step_envs(envs, obs, action, episodes):
+    """One agent step of every environment from obs (E, O) with action (E, A) in [-1, 1] -> EnvStep.
+
+    A process that fails in episode `episodes[i]` is replaced: the action is the first of the next episode there."""
+    obs, restarted, answers = np.array(obs), np.zeros(len(envs.pipes), int), []
     for index in range(len(envs.pipes)):
         send(envs, index, "step", action[index])
-    answers = [receive(envs, index) for index in range(len(envs.pipes))]
+    for index in range(len(envs.pipes)):
+        while len(answers) == index:
+            try:
+                answers.append(receive(envs, index))
+            except EnvFailure as failure:
+                restarted[index] += 1
+                obs[index] = restart_env(envs, index, episodes[index] + restarted[index], failure)
+                send(envs, index, "step", action[index])
     new_obs, next_obs, reward, cost, terminated, truncated, steps = zip(*answers)
     flat = lambda values: np.asarray(values, np.float32)
     transition = Transition(obs, np.asarray(action), flat(reward), flat(cost), np.stack(next_obs), flat(terminated),
                             flat(np.logical_or(terminated, truncated)))
-    return EnvStep(np.stack(new_obs), transition, np.asarray(steps))
+    return EnvStep(np.stack(new_obs), transition, np.asarray(steps), restarted)
+
+
+def replay_envs(envs, episodes, actions):
+    """Bring environment i to where it was: episode `episodes[i]` and the actions (T_i, A) taken in it -> obs (E, O).
+
+    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
+    obs = reset_envs(envs, episodes)
+    for t in range(max(map(len, actions))):
+        active = [index for index in range(len(actions)) if t < len(actions[index])]
+        for index in active:
+            send(envs, index, "step", np.asarray(actions[index][t], np.float32))
+        for index in active:
+            obs[index] = receive(envs, index)[0]
+    return obs
 
 
 def render_env(envs):
@@ -860,29 +953,48 @@ def close_envs(envs):
         process.kill()
 
 
-def evaluate(args, agent, envs, num_episodes):
+@contextlib.contextmanager
+def open_envs(*arguments):
+    """start_envs, and close_envs however the block is left."""
+    envs = start_envs(*arguments)
+    try:
+        yield envs
+    finally:
+        close_envs(envs)
+
+
+def evaluate(args, agent, envs, num_episodes, stopping=()):
     """Play that many whole episodes without exploration noise -> one dict per episode, pictures of the first one.
 
-    Episode i always has the same seed. The batch is padded to args.num_envs, so that `act` is compiled only once."""
+    Episode i always has the same seed. The batch is padded to args.num_envs, so that `act` is compiled only once. It is
+    played again if a process fails; nothing is returned once `stopping` is no longer empty."""
     episodes, frames, num_envs = [], [], len(envs.pipes)
     for first in range(0, num_episodes, num_envs):
-        actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, first)), envs.action_dim)
-        obs, is_first = reset_envs(envs, [first] * num_envs), np.ones(args.num_envs, bool)
-        totals, running = np.zeros((num_envs, 3)), np.arange(num_envs) < num_episodes - first
-        while running.any():
+        running = begin = True
+        while begin or running.any():
+            if stopping:
+                return [], []
+            if begin:
+                actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, first)), envs.action_dim)
+                obs, is_first = reset_envs(envs, [first] * num_envs), np.ones(args.num_envs, bool)
+                totals, running, ended = np.zeros((num_envs, 3)), np.arange(num_envs) < num_episodes - first, []
+                frames = frames if first else []
             padded = np.zeros((args.num_envs, envs.obs_dim), np.float32)
             padded[:num_envs] = obs
             action, actor = act(args, agent, actor, padded, is_first, False)
-            step = step_envs(envs, obs, np.asarray(action)[:num_envs])
+            step = step_envs(envs, obs, np.asarray(action)[:num_envs], [first] * num_envs)
+            if begin := bool(np.any(step.restarted)):
+                continue
             totals += np.stack([step.transition.reward, step.transition.cost, step.steps], -1) * running[:, None]
             if args.capture_video and first == 0 and running[0] and not step.transition.done[0]:
                 frames.append(render_env(envs))
             for index in np.flatnonzero(running & (step.transition.done > 0)):
                 plans = float(actor.metrics["charts/balance"][index]) / int(actor.step)
-                episodes.append({"environment": first + int(index), "return": totals[index, 0],
-                                 "cost": totals[index, 1], "length": int(totals[index, 2]), "balance": plans})
+                ended.append({"environment": first + int(index), "return": totals[index, 0], "cost": totals[index, 1],
+                              "length": int(totals[index, 2]), "balance": plans})
                 running[index] = False
             obs, is_first = step.obs, np.zeros(args.num_envs, bool)
+        episodes += ended
     return sorted(episodes, key=lambda episode: episode["environment"]), frames
 
 
@@ -897,22 +1009,42 @@ def flatten(tree):
             for path, leaf in leaves}
 
 
-def save_checkpoint(path, agent, actor, buffer, counters):
-    """Write everything that training needs to go on, beside the file and then in its place. No pickle."""
+CHECKPOINT_FORMAT = 1
+
+
+def save_checkpoint(run_dir, agent, actor, buffer, counters):
+    """Write checkpoint_STEP.npz with everything that training needs to go on, and keep the one before it. No pickle.
+
+    It is written beside and then renamed, so a file of that name is whole. OSError if there is no room; then the older
+    ones stay."""
     filled = buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(buffer.size)], buffer.rows))
     arrays = flatten({"agent": agent, "actor": actor, "buffer": filled})
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        np.savez(file, counters=np.array(json.dumps(counters)), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    path, beside = run_dir / f"checkpoint_{counters['step']}.npz", run_dir / "checkpoint.tmp"
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, counters=np.array(json.dumps(counters | {"format": CHECKPOINT_FORMAT})), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    directory = os.open(run_dir, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    for old in checkpoints(run_dir)[:-2]:
+        old.unlink()
 
 
-def load_checkpoint(path, templates):
-    """Read the trees named in `templates` ({"agent": ..., ...}, arrays of the right shapes) -> trees, counters.
+def checkpoints(run_dir):
+    """The checkpoints of a run, the newest last."""
+    found = [path for path in Path(run_dir).glob("checkpoint_*.npz") if path.stem.split("_")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.split("_")[1]))
 
-    SystemExit with one line if the file is missing, damaged or made with other sizes."""
+
+def load_checkpoint(run_dir, templates):
+    """Read the trees named in `templates` ({"agent": ..., ...}, arrays of the right shapes) from the newest checkpoint
+    -> trees, counters. SystemExit with one line if there is none, or it is damaged, newer or made with other sizes."""
     def restore(leaf_path, leaf):
         name = jax.tree_util.keystr(leaf_path)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -924,14 +1056,18 @@ def load_checkpoint(path, templates):
             raise ValueError(f"{name} has shape {saved.shape}, expected {leaf.shape}")
         return jnp.asarray(saved, leaf.dtype)
 
+    found = checkpoints(run_dir)
+    if not found:
+        raise SystemExit(f"{run_dir} has no checkpoint: the run was killed before its first evaluation, start it anew")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(found[-1], allow_pickle=False) as file:
             counters = json.loads(str(file["counters"]))
+            if counters["format"] > CHECKPOINT_FORMAT:
+                raise ValueError(f"format {counters['format']} of a newer version")
             return jax.tree_util.tree_map_with_path(restore, templates), counters
-    except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist: the run was stopped before its first evaluation, start it anew")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{path} is damaged or not a checkpoint of this script: {error}")
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
+        raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
 
 
 def make_run_dir(args, run_dir):
@@ -955,18 +1091,41 @@ EPISODE_COLUMNS = ("split", "step", "environment", "return", "cost", "length")
 
 
 def append_episodes(path, rows):
-    """Add finished episodes to a csv, which begins with its header."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        csv.writer(file).writerows(([EPISODE_COLUMNS] if new else []) + rows)
+    """Add finished episodes to a csv, which begins with its header: all of them, or none and OSError."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", newline="") as file:
+            csv.writer(file).writerows(([] if size else [EPISODE_COLUMNS]) + rows)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
-def trim_episodes(path, last_step):
-    """Drop the rows after that step: a resumed run plays them again."""
+def trim_episodes(path, step, completed):
+    """Drop what a resumed run plays again: episodes after `step`, evaluations after `completed`, half a last line
+    -> the training episodes of the cycle that it goes on with."""
+    limit = {"train": step, "eval": completed}
+    if not path.exists():
+        return []  # the disk was full all the time
     with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if row[1] == "step" or int(row[1]) <= last_step]
-    path.unlink()
-    append_episodes(path, rows[1:])
+        rows = [row for row in csv.reader(file) if len(row) == len(EPISODE_COLUMNS) and row[0] in limit]
+    rows = [[*row[:1], int(row[1]), int(row[2]), float(row[3]), float(row[4]), int(row[5])] for row in rows
+            if int(row[1]) <= limit[row[0]]]
+    beside = path.with_suffix(".tmp")
+    beside.unlink(missing_ok=True)
+    append_episodes(beside, rows)
+    os.replace(beside, path)
+    return [row for row in rows if row[0] == "train" and row[1] > completed]
+
+
+def attempt(write, *arguments):
+    """Whether `write` found room on the disk; if not, a warning."""
+    try:
+        write(*arguments)
+        return True
+    except OSError as error:
+        warn(f"warning: {error.strerror or error}: {error.filename or 'the run directory'}; training goes on")
+        return False
 
 
 def log(writer, wandb_run, values, step):
@@ -983,33 +1142,42 @@ def problems(args):
     at_least_one = ("num_envs", "action_repeat", "total_timesteps", "train_every", "eval_episodes", "batch_size",
                     "latent_dim", "enc_dim", "mlp_dim", "simnorm_dim", "num_q", "num_c", "num_cost_heads", "horizon",
                     "num_samples", "num_pi_trajs", "num_elites", "iterations", "lagrangian_heads", "bootstrap_samples")
+    not_negative = ("eval_every", "entropy_coef", "consistency_coef", "reward_coef", "value_coef", "cost_coef",
+                    "cost_value_coef", "temperature", "mu_growth")
+    positive = ("env_timeout", "learning_rate", "enc_lr_scale", "grad_clip", "bin_limit", "cost_positive_weight",
+                "min_std", "mu_init")
     flag = lambda name: "--" + name.replace("_", "-")
-    found = [f"{flag(name)} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
+    found = [f"{flag(name)} must be a finite number" for name, value in vars(args).items()
+             if isinstance(value, float) and not math.isfinite(value)]
+    found += [f"{flag(name)} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
+    found += [f"{flag(name)} must not be negative" for name in not_negative if getattr(args, name) < 0]
+    found += [f"{flag(name)} must be positive" for name in positive if getattr(args, name) <= 0]
     rules = [
         (0 <= args.seed < 2**32, "--seed must lie in 0 .. 2^32 - 1"),
-        (args.num_bins >= 2 and args.bin_limit > 0, "--num-bins must be at least 2 and --bin-limit positive"),
+        ("/" not in args.exp_name, "--exp-name must not hold a slash: it becomes part of a directory's name"),
+        (args.num_bins >= 2, "--num-bins must be at least 2"),
         (args.latent_dim % max(args.simnorm_dim, 1) == 0, "--latent-dim must be a multiple of --simnorm-dim"),
         (args.train_every % max(block, 1) == 0,
          f"--train-every must be a multiple of --num-envs x --action-repeat = {block}"),
         (args.learning_starts >= block * args.horizon,
          f"--learning-starts must be at least --num-envs x --action-repeat x --horizon = {block * args.horizon}"),
-        (args.eval_every >= 0 and args.eval_every % max(args.train_every, 1) == 0,
-         "--eval-every must be a multiple of --train-every"),
+        (args.eval_every % max(args.train_every, 1) == 0, "--eval-every must be a multiple of --train-every"),
         (args.buffer_size // max(args.num_envs, 1) > args.horizon,
          "--buffer-size must hold more than --horizon transitions per environment"),
         (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
         (args.num_elites <= args.num_samples, "--num-elites must not exceed --num-samples"),
         (args.lagrangian_heads <= args.num_c, "--lagrangian-heads must not exceed --num-c"),
-        (0 < args.min_std <= args.max_std, "--min-std must be positive and at most --max-std"),
-        (args.temperature >= 0, "--temperature must not be negative"),
-        (0 <= args.gamma <= 1 and 0 <= args.cost_gamma <= 1, "--gamma and --cost-gamma must lie in 0 .. 1"),
-        (0 < args.tau <= 1 and 0 < args.rho <= 1, "--tau and --rho must lie in (0, 1]"),
+        (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
+        (0 <= args.gamma <= 1, "--gamma must lie in 0 .. 1"),
+        (0 <= args.cost_gamma <= 1, "--cost-gamma must lie in 0 .. 1"),
+        (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
+        (0 < args.rho <= 1, "--rho must lie in (0, 1]"),
         (0 <= args.dropout < 1, "--dropout must lie in [0, 1)"),
-        (args.learning_rate > 0 and args.grad_clip > 0, "--learning-rate and --grad-clip must be positive"),
         (0 <= args.lambda_init <= args.lambda_max, "--lambda-init must lie in 0 .. --lambda-max"),
-        (0 < args.mu_init <= args.mu_max and args.mu_growth >= 0,
-         "--mu-init must lie in (0, --mu-max] and --mu-growth must not be negative"),
+        (args.mu_init <= args.mu_max, "--mu-init must be at most --mu-max"),
         (args.log_std_min < args.log_std_max, "--log-std-min must be smaller than --log-std-max"),
+        (not args.track or importlib.util.find_spec("wandb"),
+         "--track needs Weights & Biases: python -m pip install wandb"),
         (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
     ]
     return found + [message for holds, message in rules if not holds]
@@ -1019,11 +1187,28 @@ FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "capture_vid
                   "wandb_entity", "runs_dir", "resume", "evaluate")
 
 
+def read_flags(argv, default=None):
+    """Args from the command line; SystemExit with one line, the heart of tyro's message, if it cannot be read."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(Args, args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()]
+        lines = ["" if line[:1] in "╭╰" or not line.strip("─-") else line for line in lines]  # a box, or ruled text
+        texts = [" ".join(block.split()) for block in "\n".join(lines).split("\n\n")]
+        texts = [text for text in texts if text and "helptext" not in text]
+        titled = "╭" in errors.getvalue()  # there the title went with the box
+        raise SystemExit("; ".join(texts if titled else texts[1:]) + " (--help explains every flag)")
+
+
 def parse_args(argv=None):
     """Flags from the command line; with --resume or --evaluate on top of those the run was started with.
 
-    SystemExit with one line for what cannot be."""
-    args = tyro.cli(Args, args=argv)
+    SystemExit with one line for each flag that cannot be."""
+    args = read_flags(argv)
     run_dir = args.resume or args.evaluate
     if run_dir:
         try:
@@ -1033,7 +1218,7 @@ def parse_args(argv=None):
             saved = Args(**info["args"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
-        args = tyro.cli(Args, args=argv, default=saved)
+        args = read_flags(argv, saved)
         free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
         changed = [field.name for field in dataclasses.fields(Args)
                    if field.name not in free and getattr(args, field.name) != getattr(saved, field.name)]
@@ -1049,9 +1234,21 @@ def check_env_id(env_id):
     import_safety_gymnasium()
     import gymnasium
 
-    if env_id not in gymnasium.registry:
-        near = difflib.get_close_matches(env_id, [name for name in gymnasium.registry if name.startswith("Safety")])
-        raise SystemExit(f"--env-id {env_id} is unknown" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    # its copies with Gymnasium's interface put the cost into info
+    names = [name for name in gymnasium.registry if name.startswith("Safety") and "Gymnasium" not in name]
+    if env_id not in names:
+        near = ", ".join(difflib.get_close_matches(env_id, names)) or "for example SafetyPointGoal1-v0"
+        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+
+
+def check_memory(args, buffer):
+    """SystemExit if a replay buffer of these shapes cannot fit in the memory of JAX's device."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
+    statistics = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    there = statistics.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if needed > there:
+        raise SystemExit(f"--buffer-size {args.buffer_size} needs {needed / 2**30:.1f} GiB, {jax.devices()[0]} has "
+                         f"{there / 2**30:.1f}: lower it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1072,9 +1269,7 @@ def episode_rows(step, episodes):
 
 
 def start_wandb(args, run_dir):
-    """A run on Weights & Biases; SystemExit if the package is missing."""
-    if importlib.util.find_spec("wandb") is None:
-        raise SystemExit("--track needs Weights & Biases: python -m pip install wandb")
+    """A run on Weights & Biases."""
     wandb = importlib.import_module("wandb")
     return wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name,
                       config=dataclasses.asdict(args), dir=str(run_dir))
@@ -1092,12 +1287,11 @@ def evaluate_run(args):
     """Evaluate the newest checkpoint of a run -> its episodes, also written to evaluation.csv."""
     run_dir = Path(args.evaluate)
     check_env_id(args.env_id)
-    envs = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
-    template = {"agent": init_agent(args, jax.random.key(args.seed), envs.obs_dim, envs.action_dim)}
-    trees, counters = load_checkpoint(run_dir / "checkpoint.npz", template)
-    began = time.time()
-    episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes)
-    close_envs(envs)
+    with open_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video) as envs:
+        template = {"agent": init_agent(args, jax.random.key(args.seed), envs.obs_dim, envs.action_dim)}
+        trees, counters = load_checkpoint(run_dir, template)
+        began = time.time()
+        episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes)
     (run_dir / "evaluation.csv").unlink(missing_ok=True)
     append_episodes(run_dir / "evaluation.csv", episode_rows(counters["step"], episodes))
     if frames:
@@ -1106,137 +1300,238 @@ def evaluate_run(args):
     return episodes
 
 
-def train(args):
-    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes."""
-    from tensorboard.summary import Writer
-    from tqdm import tqdm
+class Progress(NamedTuple):
+    """Where a run is, on the host's side: a checkpoint holds it beside agent, actor and buffer."""
 
-    # --- Simulator processes (before JAX takes threads), run directory, logs
+    step: int  # simulator steps, all environments together, were no episode ever shorter
+    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
+    simulated: int  # simulator steps really taken
+    cost: float  # of all training so far
+    acts: int  # agent steps that the sums in actor.metrics are over
+    episodes: np.ndarray  # (E,): number of the episode that each environment is in
+    totals: np.ndarray  # (E, 3): its return, cost and length so far
+    actions: list  # E lists of the actions taken in it
+    obs: np.ndarray  # (E, O): what to act on next
+    wall_time: float  # seconds, until the run was last started
+
+
+def cycle_end(args, completed):
+    """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
+    following = (completed // args.train_every + 1) * args.train_every
+    return min(max(following, args.learning_starts), args.total_timesteps)
+
+
+def require_finite(name, values, step):
+    """SystemExit if a number of an environment, in values (E, ...), is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(-1))
+    if len(bad):
+        raise SystemExit(f"{name} of environment {bad[0]} is not finite at step {step:,}; the last checkpoint stays as "
+                         "it is")
+
+
+def collect(args, envs, agent, actor, buffer, progress):
+    """One agent step of every environment -> actor, buffer, progress, rows of ended episodes, seconds spent in act."""
+    began = time.time()
+    if progress.step < args.learning_starts:
+        random = np.random.default_rng((args.seed, 3, progress.step))
+        action, acts = random.uniform(-1.0, 1.0, (args.num_envs, envs.action_dim)).astype(np.float32), 0
+    else:
+        is_first = np.array([not taken for taken in progress.actions])
+        action, actor = act(args, agent, actor, progress.obs, is_first, True)
+        action, acts = np.asarray(action), progress.acts + 1
+    require_finite("action", action, progress.step)
+    seconds, step = time.time() - began, progress.step + args.num_envs * args.action_repeat
+    result = step_envs(envs, progress.obs, action, progress.episodes)
+    transition = result.transition
+    for name, values in (("observation", result.obs), ("observation", transition.next_obs),
+                         ("reward", transition.reward), ("cost", transition.cost)):
+        require_finite(name, values, step)
+    if result.restarted.any():
+        buffer = cut_episodes(buffer, result.restarted > 0)
+    buffer = add(buffer, transition)
+    episodes, totals = progress.episodes + result.restarted, progress.totals * (result.restarted == 0)[:, None]
+    totals = totals + np.stack([transition.reward, transition.cost, result.steps], axis=-1)
+    actions = [[*([] if restarted else taken), new] for restarted, taken, new in zip(
+        result.restarted, progress.actions, action)]
+    rows = []
+    for index in np.flatnonzero(transition.done):
+        rows.append(["train", step, int(index), *totals[index, :2].tolist(), int(totals[index, 2])])
+        episodes[index], totals[index], actions[index] = episodes[index] + 1, 0.0, []
+    return actor, buffer, progress._replace(
+        step=step, simulated=progress.simulated + int(result.steps.sum()), acts=acts, episodes=episodes, totals=totals,
+        cost=progress.cost + float(transition.cost.sum()), actions=actions, obs=result.obs), rows, seconds
+
+
+def resume_envs(envs, buffer, saved):
+    """Bring the environments to where a checkpoint left them -> buffer, progress.
+
+    On the same machine and versions they are there to the last bit. Where they are not, their episodes are cut: marked
+    in the buffer as ended by truncation, and new ones begin."""
+    progress = Progress(**{name: saved[name] for name in Progress._fields})._replace(
+        episodes=np.array(saved["episodes"]), totals=np.array(saved["totals"]), obs=np.array(saved["obs"], np.float32),
+        actions=[[np.array(action, np.float32) for action in taken] for taken in saved["actions"]])
+    if np.array_equal(replay_envs(envs, progress.episodes, progress.actions), progress.obs):
+        return buffer, progress
+    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine or version?): they end")
+    unfinished = np.array([len(taken) > 0 for taken in progress.actions])
+    episodes = progress.episodes + unfinished
+    return cut_episodes(buffer, unfinished), progress._replace(
+        episodes=episodes, totals=np.zeros_like(progress.totals), actions=[[] for _ in episodes],
+        obs=reset_envs(envs, episodes))
+
+
+def train(args, stopping=()):
+    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes.
+
+    As soon as the sequence `stopping` is not empty (a signal fills it), the step is finished, a checkpoint written and
+    the run left. SystemExit with one line for what cannot go on; EnvFailure if an environment cannot be made."""
     check_env_id(args.env_id)
-    envs = start_envs(args, 0, args.num_envs)
-    eval_envs = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or Path(args.runs_dir) / run_name)
-    if not args.resume:
-        make_run_dir(args, run_dir)
-    wandb_run = start_wandb(args, run_dir) if args.track else None
-    writer = Writer(str(run_dir))
-    print(f"{run_dir}: {envs.obs_dim} observations, {envs.action_dim} actions, on {jax.devices()[0]}", flush=True)
+    eval_sizes = min(args.num_envs, args.eval_episodes), args.capture_video
+    with open_envs(args, 0, args.num_envs) as envs, open_envs(args, 1, *eval_sizes) as eval_envs:
+        return learn(args, envs, eval_envs, stopping)  # from here on JAX takes threads
 
-    # --- Agent, actor, buffer, counters
+
+def learn(args, envs, eval_envs, stopping):
+    """What `train` does once its environments have started."""
+    from tensorboard.summary import Writer
+
+    # --- Agent, actor, buffer, progress
     key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
     agent = init_agent(args, key_agent, envs.obs_dim, envs.action_dim)
     actor = init_actor(args, key_actor, envs.action_dim)
+    check_memory(args, jax.eval_shape(partial(init_buffer, args, envs.obs_dim, envs.action_dim)))
     buffer = init_buffer(args, envs.obs_dim, envs.action_dim)
-    counters = {"step": 0, "simulated": 0, "cost": 0.0, "wall_time": 0.0, "episodes": [0] * args.num_envs}
     if args.resume:
-        template = {"agent": agent, "actor": actor, "buffer": buffer}
-        trees, counters = load_checkpoint(run_dir / "checkpoint.npz", template)
-        agent, actor, buffer = trees["agent"], trees["actor"], cut_episodes(trees["buffer"])
-        trim_episodes(run_dir / "episodes.csv", counters["step"])
-        if counters["step"] >= args.total_timesteps:
+        run_dir = Path(args.resume)
+        trees, counters = load_checkpoint(run_dir, {"agent": agent, "actor": actor, "buffer": buffer})
+        if counters["completed"] >= args.total_timesteps:
             raise SystemExit(f"{run_dir} is at step {counters['step']:,} already: raise --total-timesteps to go on")
-    step, first_step, began = counters["step"], counters["step"], time.time()
-    simulated, total_cost, episode_of_env = counters["simulated"], counters["cost"], np.array(counters["episodes"])
-    obs, is_first = reset_envs(envs, episode_of_env), np.ones(args.num_envs, bool)
-    running, episodes = np.zeros((args.num_envs, 3)), []  # return, cost and length of the unfinished episodes
-    steps_at_once = args.num_envs * args.action_repeat
+        agent, actor = trees["agent"], trees["actor"]
+        buffer, progress = resume_envs(envs, trees["buffer"], counters)
+        rows = trim_episodes(run_dir / "episodes.csv", progress.step, progress.completed)
+    else:
+        run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        make_run_dir(args, run_dir)
+        first, totals, rows = np.zeros(args.num_envs, int), np.zeros((args.num_envs, 3)), []
+        progress = Progress(0, 0, 0, 0.0, 0, first, totals, [[] for _ in first], reset_envs(envs, first), 0.0)
+
+    # --- Logs
+    wandb_run = start_wandb(args, run_dir) if args.track else None
+    writer = Writer(str(run_dir))
+    print(f"{run_dir}: {envs.obs_dim} observations, {envs.action_dim} actions, on {jax.devices()[0]}", flush=True)
     updates_at_once = math.gcd(args.train_every // args.action_repeat, 100)  # few enough for the bar to move
-    num_updates, acts, shown = int(agent.num_updates), 0, {}
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", unit_scale=True,
+    num_updates, first_step, began = int(agent.num_updates), progress.step, time.time()
+    shown, unwritten, episodes = {}, [], []  # rows: training episodes of this cycle; unwritten: the disk was full
+    bar = tqdm(total=args.total_timesteps, initial=progress.step, unit="step", unit_scale=True,
                mininterval=1.0 if sys.stderr.isatty() else 60.0)
 
-    while step < args.total_timesteps:
-        cycle_began, seconds, rows, values = time.time(), {"env": 0.0, "act": 0.0, "update": 0.0}, [], {}
+    def save():
+        """A checkpoint of this moment, unless the disk is full."""
+        saved = progress._asdict() | {name: getattr(progress, name).tolist() for name in ("episodes", "totals", "obs")}
+        saved["actions"] = [[action.tolist() for action in taken] for taken in progress.actions]
+        saved["wall_time"] += time.time() - began
+        attempt(save_checkpoint, run_dir, agent, actor, buffer, saved)
 
-        # --- Collect: one agent step of all environments at a time, until the next block of updates
-        while True:
-            clock = time.time()
-            if step < args.learning_starts:
-                random = np.random.default_rng((args.seed, 3, step))
-                action = random.uniform(-1.0, 1.0, (args.num_envs, envs.action_dim)).astype(np.float32)
-            else:
-                if act._cache_size() == 0:
+    try:
+        while progress.completed < args.total_timesteps:
+            cycle_began, acting, values = time.time(), 0.0, {}
+
+            # --- Collect: one agent step of all environments at a time, until the next block of updates
+            while progress.step < cycle_end(args, progress.completed) and not stopping:
+                if progress.step >= args.learning_starts and act._cache_size() == 0:
                     bar.set_description("compiling the actor")
-                action, actor = act(args, agent, actor, obs, is_first, True)
-                action, acts = np.asarray(action), acts + 1
-            seconds["act"] += time.time() - clock
-            clock = time.time()
-            result = step_envs(envs, obs, action)
-            seconds["env"] += time.time() - clock
-            buffer = add(buffer, result.transition)
-            obs, is_first, step = result.obs, result.transition.done > 0, step + steps_at_once
-            simulated += int(result.steps.sum())
-            total_cost += float(result.transition.cost.sum())
-            running += np.stack([result.transition.reward, result.transition.cost, result.steps], axis=-1)
-            for index in np.flatnonzero(is_first):
-                rows.append(["train", step, index, *running[index, :2], int(running[index, 2])])
-                running[index], episode_of_env[index] = 0.0, episode_of_env[index] + 1
-            bar.update(steps_at_once)
-            if step % args.train_every == 0 or step >= args.total_timesteps:
+                before = progress.step
+                actor, buffer, progress, ended, seconds = collect(args, envs, agent, actor, buffer, progress)
+                rows, unwritten, acting = rows + ended, unwritten + ended, acting + seconds
+                if unwritten and attempt(append_episodes, run_dir / "episodes.csv", unwritten):
+                    unwritten = []
+                bar.update(progress.step - before)
+            collected = time.time()
+
+            # --- Update: one gradient step per agent step collected
+            while (progress.step >= args.learning_starts and not stopping
+                   and num_updates + updates_at_once <= progress.step // args.action_repeat):
+                bar.set_description("updating" if update_many._cache_size() else "compiling the update")
+                agent, metrics = update_many(args, agent, buffer, updates_at_once)
+                values, num_updates = jax.device_get(metrics), num_updates + updates_at_once
+                bar.refresh()
+                if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
+                    raise SystemExit(f"{', '.join(bad)} not finite at step {progress.step:,}; the last checkpoint "
+                                     "stays as it is")
+            if stopping:
                 break
+            updated, step = time.time(), progress.step
+            envs.failures.clear()
+            eval_envs.failures.clear()
 
-        # --- Update: one gradient step per agent step collected
-        clock = time.time()
-        while step >= args.learning_starts and num_updates + updates_at_once <= step // args.action_repeat:
-            bar.set_description("updating" if update_many._cache_size() else "compiling the update")
-            agent, metrics = update_many(args, agent, buffer, updates_at_once)
-            values, num_updates = jax.device_get(metrics), num_updates + updates_at_once
-            bar.refresh()
-        seconds["update"] = time.time() - clock
-        if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
-            raise SystemExit(f"{', '.join(bad)} not finite at step {step:,}; the last checkpoint stays as it is")
+            # --- Log
+            if progress.acts:
+                values |= {tag: np.mean(total) / progress.acts for tag, total in jax.device_get(actor.metrics).items()}
+                actor = actor._replace(metrics=jax.tree.map(jnp.zeros_like, actor.metrics))
+                shown["balance"], progress = f"{values['charts/balance']:.0%}", progress._replace(acts=0)
+            if rows:
+                tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
+                values |= dict(zip(tags, np.mean([row[3:] for row in rows], axis=0)))
+                shown |= {"return": f"{values[tags[0]]:.1f}", "cost": f"{values[tags[1]]:.0f}"}
+            cycle, cost_rate = time.time() - cycle_began, progress.cost / progress.simulated
+            values |= {"time/act": acting / cycle, "time/env": (collected - cycle_began - acting) / cycle,
+                       "time/update": (updated - collected) / cycle, "charts/cost_rate": cost_rate,
+                       "charts/SPS": (step - first_step) / (time.time() - began)}
+            attempt(log, writer, wandb_run, values, step)
+            bar.set_description("")
+            bar.set_postfix(shown | {"cost_rate": f"{cost_rate:.4f}"})
 
-        # --- Log
-        if acts:
-            values |= {tag: np.mean(total) / acts for tag, total in jax.device_get(actor.metrics).items()}
-            actor, acts = actor._replace(metrics=jax.tree.map(jnp.zeros_like, actor.metrics)), 0
-            shown["balance"] = f"{values['charts/balance']:.0%}"
-        if rows:
-            append_episodes(run_dir / "episodes.csv", rows)
-            tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
-            values |= dict(zip(tags, np.mean([row[3:] for row in rows], axis=0)))
-            shown |= {"return": f"{values[tags[0]]:.1f}", "cost": f"{values[tags[1]]:.0f}"}
-        values |= {f"time/{part}": spent / (time.time() - cycle_began) for part, spent in seconds.items()}
-        values["charts/cost_rate"] = total_cost / simulated
-        values["charts/SPS"] = (step - first_step) / (time.time() - began)
-        log(writer, wandb_run, values, step)
-        writer.flush()
-        bar.set_description("")
-        bar.set_postfix(shown | {"cost_rate": f"{total_cost / simulated:.4f}"})
-
-        # --- Evaluate and save
-        if step >= args.total_timesteps or (args.eval_every and step % args.eval_every == 0):
+            # --- Evaluate and save
+            if step < args.total_timesteps and not (args.eval_every and step % args.eval_every == 0):
+                progress, rows = progress._replace(completed=step), []
+                continue
             bar.set_description("evaluating")
-            episodes, frames = evaluate(args, agent, eval_envs, args.eval_episodes)
-            append_episodes(run_dir / "episodes.csv", episode_rows(step, episodes))
+            episodes, frames = evaluate(args, agent, eval_envs, args.eval_episodes, stopping)
+            if stopping:
+                break
+            progress, rows, unwritten = progress._replace(completed=step), [], unwritten + episode_rows(step, episodes)
+            if attempt(append_episodes, run_dir / "episodes.csv", unwritten):
+                unwritten = []
             tags = {"eval/episodic_return": "return", "eval/episodic_cost": "cost", "eval/balance": "balance"}
-            log(writer, wandb_run, {tag: np.mean([e[name] for e in episodes]) for tag, name in tags.items()}, step)
+            values = {tag: np.mean([episode[name] for episode in episodes]) for tag, name in tags.items()}
+            attempt(log, writer, wandb_run, values, step)
             if frames:
-                write_video(run_dir / "videos" / f"{step}.mp4", frames)
-            wall_time = counters["wall_time"] + time.time() - began
-            saved = {"step": step, "simulated": simulated, "cost": total_cost, "wall_time": wall_time,
-                     "episodes": (episode_of_env + (running[:, 2] > 0)).tolist()}  # a resumed run begins new episodes
-            save_checkpoint(run_dir / "checkpoint.npz", agent, actor, buffer, saved)
-            bar.write(summary(episodes, step, total_cost / simulated, wall_time))
+                attempt(write_video, run_dir / "videos" / f"{step}.mp4", frames)
+            save()
+            bar.write(summary(episodes, step, cost_rate, progress.wall_time + time.time() - began))
             sys.stdout.flush()  # at once, into a file too
             bar.set_description("")
-
-    bar.close()
-    writer.close()
-    close_envs(envs)
-    close_envs(eval_envs)
+        if stopping:
+            save()
+            warn(f"stopped at step {progress.step:,}; go on with --resume {run_dir}")
+        attempt(writer.close)
+    except EnvFailure as failure:
+        save()
+        raise SystemExit(f"{failure}; stopped at step {progress.step:,}, go on with --resume {run_dir}")
+    finally:
+        bar.close()
     return episodes
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
+    args, stopping = parse_args(argv), []
+
+    def stop(number, frame):
+        if stopping and number == signal.SIGINT or args.evaluate:
+            os._exit(128 + number)
+        stopping.append(number)
+        print("\nstopping after this step; Ctrl-C once more stops at once", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
-        evaluate_run(args) if args.evaluate else train(args)
-    except KeyboardInterrupt:
-        message = "\nstopped; go on from the last checkpoint with --resume and the run's directory"
-        print(message, file=sys.stderr, flush=True)
-        os._exit(130)  # at once: Python's own exit has crashed under XLA's threads, which may still be computing
+        evaluate_run(args) if args.evaluate else train(args, stopping)
+    except EnvFailure as failure:
+        raise SystemExit(str(failure))
+    if stopping:
+        sys.stdout.flush()
+        os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.key_reuse import _core as key_reuse
 
 from spowl_continuous import AgentState, Args, init_agent
@@ -25,6 +26,23 @@ hypothesis.settings.load_profile("repeatable")
 SMALL = dict(num_envs=2, buffer_size=40, latent_dim=16, enc_dim=12, mlp_dim=16, num_bins=21, num_q=3, num_c=4,
              num_cost_heads=2, lagrangian_heads=4, batch_size=8, num_samples=24, num_pi_trajs=5, num_elites=6,
              iterations=2, bootstrap_samples=200)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled():
+    """What one file compiled is not kept in memory for the next."""
+    yield
+    jax.clear_caches()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 def small_args(**changes):

@@ -112,14 +112,16 @@ def test_environment_and_start_are_drawn_apart():
 
 @pytest.mark.parametrize("steps", [1, 5, 7, 8, 14, 15])
 def test_cut_episodes_marks_the_newest_row_only(steps):
-    """§2: what is added after a cut is not joined to what came before; also right after the ring wrapped."""
+    """§2: what is added after a cut is not joined to what came before, in the environments that were cut; also right
+    after the ring wrapped."""
     before = [np.asarray(x).copy() for x in filled(steps).rows]
     old = filled(steps)
-    buffer = cut_episodes(old)
+    cut = np.arange(ENVS) != 1
+    buffer = cut_episodes(old, cut)
     assert old.rows.done.is_deleted()
     assert (int(buffer.head), int(buffer.size)) == (steps % CAPACITY, min(steps, CAPACITY))
     expected = np.zeros((CAPACITY, ENVS))
-    expected[(steps - 1) % CAPACITY] = 1.0
+    expected[(steps - 1) % CAPACITY, cut] = 1.0
     np.testing.assert_array_equal(buffer.rows.done, expected)
     for name, x, y in zip(Transition._fields, buffer.rows, before):
         assert name == "done" or np.array_equal(x, y)

@@ -1,9 +1,9 @@
 """The simulator side (METHOD §2): what an environment's process answers, on scripted environments and on real ones."""
 import multiprocessing
 import os
-import re
 import signal
 import threading
+import time
 import types
 
 import jax
@@ -26,12 +26,14 @@ def box(low, high):
 
 
 class Scripted:
-    """Observes (episode number, steps in it), from 0 on; pays 1 and costs 0.25 a step; ends after `length` steps."""
+    """Observes (episode number, steps in it), from 0 on; pays 1 and costs 0.25 a step; ends after `length` steps.
+
+    The reset before the first episode, which starts the worker, is number -1."""
 
     def __init__(self, length=7, ends_by="truncation", low=(-1.0,), high=(1.0,), fails_at=None):
         self.length, self.ends_by, self.fails_at = length, ends_by, fails_at
         self.observation_space, self.action_space = box([-9.0, -9.0], [9.0, 9.0]), box(low, high)
-        self.episode, self.seeds, self.actions = -1, [], []
+        self.episode, self.seeds, self.actions = -2, [], []
 
     def observe(self):
         return np.array([self.episode, self.steps], np.float64)
@@ -55,7 +57,7 @@ def worker(monkeypatch):
     """worker(env, commands) runs env_worker on that environment -> its answers, the first before any command.
 
     The commands wait in the pipe beforehand, so no second process or thread is needed."""
-    interrupt = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(env, commands, action_repeat=5, **place):
         monkeypatch.setattr(spowl, "import_safety_gymnasium", lambda: types.SimpleNamespace(make=lambda name: env))
@@ -70,7 +72,8 @@ def worker(monkeypatch):
         return answers
 
     yield run
-    signal.signal(signal.SIGINT, interrupt)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def step_with(*action):
@@ -122,7 +125,7 @@ def test_every_episode_has_the_seed_of_its_counters(worker):
     """Episodes are numbered from the one that `reset` names; each one that follows by itself counts one up."""
     env, place = Scripted(length=5), {"seed": 3, "stream": 1, "index": 4}
     worker(env, [("reset", 2)] + 2 * [step_with(0.0)] + [("reset", 9), step_with(0.0)], **place)
-    assert env.seeds == [episode_seed(3, 1, 4, episode) for episode in (2, 3, 4, 9, 10)]
+    assert env.seeds[1:] == [episode_seed(3, 1, 4, episode) for episode in (2, 3, 4, 9, 10)]
 
 
 def test_episode_seeds_are_distinct_and_reproducible():
@@ -148,36 +151,49 @@ def test_observations_that_are_not_flat_are_refused(worker, shape):
     assert "observations are not a flat vector" in answer
 
 
+class Thread(threading.Thread):
+    """A worker's thread, which looks to its parent like a process."""
+
+    exitcode, kill = None, lambda self: None
+
+
 @pytest.fixture
 def scripted_envs(monkeypatch):
-    """scripted_envs(envs) -> Envs whose workers are threads of this process on those environments."""
+    """scripted_envs(envs, spare) -> Envs whose workers are threads of this process on those environments; where one of
+    them fails, the next of `spare` takes its place."""
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # only a main thread may call it
     opened = []
 
-    def start(envs, action_repeat=5):
-        simulators = types.SimpleNamespace(make=lambda name: envs[int(name)])
+    def start(envs, spare=(), timeout=5.0):
+        waiting = [*envs, *spare]
+        simulators = types.SimpleNamespace(make=lambda name: waiting.pop(0))
         monkeypatch.setattr(spowl, "import_safety_gymnasium", lambda: simulators)
-        for index in range(len(envs)):
+
+        def start_env(args, stream, index, render, start_method):
             ours, theirs = multiprocessing.Pipe()
-            thread = threading.Thread(target=env_worker, daemon=True,
-                                      args=(theirs, str(index), action_repeat, 1, 0, index, False))
+            place = theirs, args.env_id, 5, args.seed, stream, index, render
+            thread = Thread(target=env_worker, daemon=True, args=place)
             thread.start()
+            assert ours.poll(5.0)
             opened.append((ours, theirs, thread))
-        pipes, _, threads = zip(*opened)
-        sizes = [pipe.recv() for pipe in pipes]
-        return Envs("Scripted-v0", list(threads), list(pipes), *sizes[0])
+            return thread, ours
+
+        monkeypatch.setattr(spowl, "start_env", start_env)
+        args = small_args(env_id="Scripted-v0", env_timeout=timeout, num_envs=len(envs), buffer_size=20 * len(envs))
+        return spowl.start_envs(args, 0, len(envs))
 
     yield start
     for ours, _, thread in opened:
-        ours.send((None, None))
-        thread.join(timeout=10)
+        if not ours.closed:
+            ours.send((None, None))
+            thread.join(timeout=10)
 
 
 def play(envs, agent_steps):
     """Every EnvStep of that many agent steps with random actions."""
     obs, steps = reset_envs(envs, [0] * len(envs.pipes)), []
     for action in np.random.default_rng(0).uniform(-1, 1, (agent_steps, len(envs.pipes), envs.action_dim)):
-        steps.append(step_envs(envs, obs, action.astype(np.float32)))
+        steps.append(step_envs(envs, obs, action.astype(np.float32), [0] * len(envs.pipes)))
         obs = steps[-1].obs
     return steps
 
@@ -214,11 +230,83 @@ def test_no_row_of_the_buffer_joins_two_episodes(scripted_envs):
     assert (number[1:] == np.where(ended, 0.0, next_number[:-1])).all()
 
 
-def test_a_failure_becomes_one_line_with_environment_and_task(scripted_envs):
-    envs = scripted_envs([Scripted(), Scripted(fails_at=6)])
-    with pytest.raises(SystemExit) as stop:
-        play(envs, 3)
-    assert str(stop.value) == "environment 1 of Scripted-v0 failed: RuntimeError: the floor gave way"
+# ----------------------------------------------------------------------------------------------------------------------
+# Failures
+# ----------------------------------------------------------------------------------------------------------------------
+class Hanging(Scripted):
+    """Gives no answer when it should fail."""
+
+    def step(self, action):
+        try:
+            return super().step(action)
+        except RuntimeError:
+            time.sleep(1.5)
+            raise
+
+
+@pytest.mark.parametrize("failing, reason", [
+    (Scripted, "RuntimeError: the floor gave way"), (Hanging, "no answer for 0.5 seconds")])
+def test_a_failed_process_is_replaced_in_a_fresh_episode(scripted_envs, capfd, failing, reason):
+    """METHOD §2: its step is the first of the next episode, from that episode's first observation; the others' are
+    what they would have been. One line says what happened where."""
+    spare = Scripted(1000)
+    envs = scripted_envs([Scripted(1000), failing(1000, fails_at=8)], [spare], timeout=0.5)
+    obs = reset_envs(envs, [0, 4])
+    first = step_envs(envs, obs, np.zeros((2, 1), np.float32), [0, 4])
+    second = step_envs(envs, first.obs, np.full((2, 1), 0.5, np.float32), [0, 4])
+    assert first.restarted.tolist() == [0, 0] and second.restarted.tolist() == [0, 1]
+    assert first.transition.next_obs.tolist() == [[0, 5], [0, 5]]
+    assert second.transition.obs.tolist() == [[0, 5], [0, 0]]
+    assert second.transition.next_obs.tolist() == [[0, 10], [0, 5]]
+    assert second.transition.reward.tolist() == [5, 5] and not second.transition.done.any()
+    assert spare.seeds[1:] == [episode_seed(envs.args.seed, 0, 1, 5)] and np.unique(spare.actions).tolist() == [0.5]
+    assert capfd.readouterr().err == (
+        f"training environment 1 of Scripted-v0 (seed 1): {reason}; restarted in episode 5\n")
+
+
+def test_a_failure_during_reset_is_replaced_in_the_same_episode(scripted_envs):
+    failing, spare = Scripted(), Scripted()
+    failing.reset = lambda seed=None: (failing.observe(), {}) if not seed else 1 / 0
+    failing.steps = 0
+    envs = scripted_envs([Scripted(), failing], [spare])
+    assert reset_envs(envs, [3, 6]).tolist() == [[0, 0], [0, 0]]
+    assert spare.seeds[1:] == [episode_seed(1, 0, 1, 6)]
+
+
+def test_too_many_failures_are_the_end(scripted_envs):
+    """An environment that always fails is not replaced for ever."""
+    envs = scripted_envs([Scripted(fails_at=3)], [Scripted(fails_at=3) for _ in range(30)])
+    with pytest.raises(spowl.EnvFailure) as stop:
+        play(envs, 1)
+        play(envs, 1)
+    assert len(envs.failures) <= spowl.MAX_RESTARTS + 1 and "the floor gave way" in str(stop.value)
+
+
+def test_no_row_joins_two_episodes_where_processes_fail(scripted_envs):
+    """METHOD §2 with failures in the middle of episodes, at their beginning, and right after another: the row before a
+    failure is marked as an end by truncation; episodes and their totals are counted anew."""
+    failing = [Scripted(22, fails_at=13), Scripted(1000, fails_at=26)]
+    spare = [Scripted(22), Scripted(1000, fails_at=2), Scripted(1000, fails_at=11), Scripted(1000)]
+    envs = scripted_envs(failing, spare)
+    args = envs.args
+    buffer, actor = spowl.init_buffer(args, 2, 1), None
+    first = np.zeros(2, int)
+    progress = spowl.Progress(0, 0, 0, 0.0, 0, first, np.zeros((2, 3)), [[], []], reset_envs(envs, first), 0.0)
+    ended = []
+    for _ in range(16):
+        actor, buffer, progress, rows, _ = spowl.collect(args, envs, None, actor, buffer, progress)
+        ended += rows
+    rows = jax.tree.map(np.asarray, buffer.rows)
+    rows = jax.tree.map(lambda x: x[:16], rows)
+    number, next_number, done = rows.obs[..., 1], rows.next_obs[..., 1], rows.done > 0
+    assert np.array_equal(number[1:], np.where(done[:-1], 0.0, next_number[:-1]))
+    assert np.flatnonzero(done[:, 1]).tolist() == [4, 6] and not rows.terminated.any()
+    assert len(envs.failures) == 4
+    assert progress.episodes.tolist() == [3, 3] and progress.step == 16 * 2 * 5
+    taken = [len(actions) for actions in progress.actions]
+    assert taken == [16 - 1 - np.flatnonzero(done[:, index])[-1] for index in (0, 1)]
+    assert progress.totals[:, 2].tolist() == [5.0 * count for count in taken]
+    assert [row[2] for row in ended] == [0] * len(ended) and {row[5] for row in ended} == {22}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +328,7 @@ def point_envs():
 def test_real_sizes(point_envs):
     obs = reset_envs(point_envs, [0, 0, 0])
     assert (point_envs.obs_dim, point_envs.action_dim) == POINT_SIZES and obs.shape == (3, 60)
-    step = step_envs(point_envs, obs, np.ones((3, 2), np.float32))
+    step = step_envs(point_envs, obs, np.ones((3, 2), np.float32), [0, 0, 0])
     assert step.obs.shape == step.transition.next_obs.shape == (3, 60) and step.transition.action.shape == (3, 2)
     assert all(field.shape == (3,) for field in step.transition[2:4]) and step.steps.tolist() == [5, 5, 5]
     assert np.isfinite(step.obs).all() and not np.array_equal(step.obs, obs)
@@ -251,7 +339,7 @@ def test_real_episodes_repeat_with_their_seed(point_envs):
     def first_steps(episode):
         obs, seen = reset_envs(point_envs, [episode] * 3), []
         for action in np.random.default_rng(0).uniform(-1, 1, (8, 3, 2)).astype(np.float32):
-            step = step_envs(point_envs, obs, action)
+            step = step_envs(point_envs, obs, action, [episode] * 3)
             obs = step.obs
             seen.append(np.concatenate([obs, step.transition.reward[:, None], step.transition.cost[:, None]], -1))
         return np.stack(seen)
@@ -270,30 +358,60 @@ def test_a_real_episode_is_1000_steps_and_truncated(point_envs):
     assert all(step.transition.cost.max() <= 5.0 for step in steps)
 
 
-@pytest.mark.parametrize("reset_only", [True, False])
-def test_a_killed_process_becomes_one_line(point_envs, reset_only):
-    """Whether it dies while it is waiting, before a step or before a reset."""
-    obs = np.zeros((3, 60), np.float32)
-    point_envs.processes[2].kill()
-    point_envs.processes[2].join()
-    with pytest.raises(SystemExit) as stop:
-        reset_envs(point_envs, [0] * 3) if reset_only else step_envs(point_envs, obs, np.zeros((3, 2), np.float32))
-    assert re.fullmatch(r"environment 2 of SafetyPointGoal1-v0 failed: .*exit code -9", str(stop.value))
+def test_a_killed_process_is_replaced(point_envs, capfd):
+    """Between two steps and before a reset; the new process plays the very episode that the old one would have."""
+    expected = reset_envs(point_envs, [0, 0, 5])
+    for episodes, begin in (([0, 0, 4], True), ([0, 0, 5], False)):
+        point_envs.processes[2].kill()
+        point_envs.processes[2].join()
+        if begin:
+            step = step_envs(point_envs, np.zeros((3, 60), np.float32), np.zeros((3, 2), np.float32), episodes)
+            assert step.restarted.tolist() == [0, 0, 1]
+            assert np.array_equal(step.transition.obs[2], expected[2])
+        else:
+            assert np.array_equal(reset_envs(point_envs, episodes)[2], expected[2])
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.rsplit(";")[-1] for line in lines] == [" restarted in episode 5"] * 2
+    assert all("training environment 2 of SafetyPointGoal1-v0 (seed 1): " in line and "exit code -9" in line
+               for line in lines)
 
 
-def test_a_process_that_dies_during_its_step_becomes_one_line():
+def test_a_process_that_dies_during_its_step_is_noticed():
     """The parent is waiting for an answer that never comes."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(3,))
     process.start()
     theirs.close()
-    with pytest.raises(SystemExit) as stop:
-        spowl.receive(Envs("SafetyPointGoal1-v0", [process], [ours], 60, 2), 0)
-    assert str(stop.value) == "environment 0 of SafetyPointGoal1-v0 failed: its process ended with exit code 3"
+    with pytest.raises(spowl.EnvFailure) as stop:
+        spowl.receive(Envs(Args(seed=7), 1, False, [process], [ours], [], 60, 2), 0)
+    assert str(stop.value) == ("evaluation environment 0 of SafetyPointGoal1-v0 (seed 7): its process ended with exit "
+                               "code 3")
+
+
+@pytest.mark.parametrize("task", ["SafetyPointGoal1-v0", "SafetyCarGoal1-v0", "SafetyAntGoal1-v0"])
+def test_an_episode_is_replayed_to_the_last_bit(task):
+    """METHOD §2: from its seed and its actions, in a process that has another past."""
+    envs, rng = start(task, num_envs=2), np.random.default_rng(0)
+    obs, seen = reset_envs(envs, [0, 3]), None
+    lengths, actions = (12, 7), [[], []]
+    for t in range(12):
+        action = rng.uniform(-0.3, 0.3, (2, envs.action_dim)).astype(np.float32)
+        step = step_envs(envs, obs, action, [0, 3])
+        assert not step.transition.done[:1].any()
+        for index in (0, 1):
+            actions[index] += [action[index]] if t < lengths[index] else []
+        seen = step.obs if t == 6 else seen
+        obs = step.obs
+    expected = np.stack([obs[0], seen[1]])
+    assert np.array_equal(spowl.replay_envs(envs, [0, 3], actions), expected)
+    spowl.close_envs(envs)
+    fresh = start(task, num_envs=2)
+    assert np.array_equal(spowl.replay_envs(fresh, [0, 3], actions), expected)
+    spowl.close_envs(fresh)
 
 
 def test_a_vision_task_is_refused_in_one_clear_line():
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(spowl.EnvFailure) as stop:
         start("SafetyPointGoal1Vision-v0")
     message = str(stop.value)
     assert "\n" not in message and "SafetyPointGoal1Vision-v0" in message
@@ -307,11 +425,12 @@ def test_an_unknown_task_names_the_nearest(task, near):
     with pytest.raises(SystemExit) as stop:
         check_env_id(task)
     message = str(stop.value)
-    assert message.startswith(f"--env-id {task} is unknown; did you mean ") and near in message and "\n" not in message
+    assert message.startswith(f"--env-id {task} is not a task of Safety-Gymnasium; did you mean ")
+    assert near in message and "\n" not in message
 
 
 def test_a_task_unlike_all_others_is_refused_too():
-    with pytest.raises(SystemExit, match="--env-id zzz is unknown"):
+    with pytest.raises(SystemExit, match="--env-id zzz is not a task .* for example SafetyPointGoal1-v0"):
         check_env_id("zzz")
 
 
