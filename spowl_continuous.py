@@ -1248,6 +1248,7 @@ def log(writer, wandb_run, values, step):
     """Numbers by tag, to TensorBoard and, where tracked, to Weights & Biases."""
     for tag, value in values.items():
         writer.add_scalar(tag, float(value), step)
+    writer.flush()
     if wandb_run is not None:
         wandb_run.log({tag: float(value) for tag, value in values.items()}, step=step)
 
@@ -1637,7 +1638,7 @@ def main(argv=None):
         if stopping and number == signal.SIGINT or args.evaluate:
             os._exit(128 + number)
         stopping.append(number)
-        print("\nstopping after this step; Ctrl-C once more stops at once", file=sys.stderr, flush=True)
+        print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

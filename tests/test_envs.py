@@ -273,6 +273,28 @@ def test_a_failure_during_reset_is_replaced_in_the_same_episode(scripted_envs):
     assert spare.seeds[1:] == [episode_seed(1, 0, 1, 6)]
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e-6])
+def test_episodes_that_do_not_repeat_are_cut_on_resume(scripted_envs, capfd, shift):
+    """METHOD §2: where the replay does not meet the saved observation, unfinished episodes end by truncation, new ones
+    begin, and that is said; where it does, all goes on."""
+    envs = scripted_envs([Scripted(1000), Scripted(10)], [])
+    first, args = np.zeros(2, int), envs.args
+    progress = spowl.Progress(0, 0, 0, 0.0, 0, first, np.zeros((2, 3)), [[], []], reset_envs(envs, first), 0.0)
+    buffer = spowl.init_buffer(args, 2, 1)
+    for _ in range(2):  # the second environment's episode ends with the second step
+        _, buffer, progress, _, _ = spowl.collect(args, envs, None, None, buffer, progress)
+    envs = scripted_envs([Scripted(1000), Scripted(10)], [])
+    reset_envs(envs, [0, 0])  # its second reset is episode 1
+    saved = progress._replace(obs=progress.obs + np.float32([[0, shift], [0, 0]]))._asdict()
+    saved["obs"][:, 0] = 1.0  # the number of a scripted episode counts a process's resets
+    buffer, resumed = spowl.resume_envs(envs, buffer, saved)
+    cut = shift > 0
+    assert np.asarray(buffer.rows.done[1]).tolist() == [float(cut), 1.0]
+    assert resumed.episodes.tolist() == [int(cut), 1] and [len(taken) for taken in resumed.actions] == [2 * (not cut), 0]
+    assert ("does not repeat" in capfd.readouterr().err) == cut
+    assert (resumed.totals[0, 2] == 0.0) == cut
+
+
 def test_too_many_failures_are_the_end(scripted_envs):
     """An environment that always fails is not replaced for ever."""
     envs = scripted_envs([Scripted(fails_at=3)], [Scripted(fails_at=3) for _ in range(30)])

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_args
-from test_resume import start
-from test_train import POINT, SCRIPT, TINY, checkpoint, environment, one_line, place, rows_of, train  # noqa: F401
+from test_train import POINT, SCRIPT, TINY, checkpoint, environment, place, rows_of, start  # noqa: F401
 
 import spowl_continuous as spowl
 
@@ -203,17 +202,27 @@ def test_losses_and_parameters_are_watched(place):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stopping at once; a long time
 # ----------------------------------------------------------------------------------------------------------------------
-def test_a_second_ctrl_c_stops_at_once(place):
-    process = start(place, "--runs-dir", place / "twice", *POINT, "--total-timesteps", 9_000_000)
-    while not (line := process.stdout.readline()).startswith("step "):
-        assert line, process.stderr.read()
-    process.send_signal(signal.SIGSTOP)  # both arrive while it is in one step
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in stderr
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_one_signal_asks_training_to_stop_and_a_second_ctrl_c_ends_it(monkeypatch, capsys, first):
+    """The first only fills `stopping`; the second leaves without going back to the training loop."""
+    told, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def training(args, stopping):
+        signal.raise_signal(first)
+        told.append(list(stopping))
+        signal.raise_signal(signal.SIGINT)
+        told.append("went on")
+
+    monkeypatch.setattr(spowl, "train", training)
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            spowl.main([])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stop.value.code == 130 and told == [[first]]
+    assert "stopping after this step" in capsys.readouterr().err
 
 
 def usage(pid):

@@ -4,13 +4,11 @@ The long ones: python -m pytest -q -m long tests"""
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, checkpoint, environment, place, run, train  # noqa: F401
+from test_train import POINT, TINY, checkpoint, place, run, start, start_and_evaluate, train  # noqa: F401
 
 ANT = TINY + ("--env-id SafetyAntGoal1-v0 --total-timesteps 2000 --buffer-size 400 --eval-every 500 --eval-episodes 1"
               ).split()
@@ -30,13 +28,6 @@ def straight(place):
         return made[task]
 
     return get
-
-
-def start(place, *flags):
-    """Start the script in the background, in a process group of its own."""
-    return subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, SCRIPT, *map(str, flags)], cwd=place,
-                            env=environment(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)
 
 
 def same_end(one, other):
@@ -75,11 +66,9 @@ def interrupt_and_resume(place, straight, task, number, delay):
 
 @pytest.mark.parametrize("task", FLAGS)
 def test_stopped_between_checkpoints_and_resumed(place, straight, task):
-    """SIGTERM in the middle of a cycle, half of it collected: a checkpoint of that very step, the same end."""
+    """SIGTERM shortly after an evaluation, wherever the run then is: a checkpoint of that very step, the same end."""
     runs = place / f"{task}_stopped"
-    process = start(place, "--runs-dir", runs, *FLAGS[task])
-    while not (line := process.stdout.readline()).startswith("step "):
-        assert line, process.stderr.read()
+    process = start_and_evaluate(place, "--runs-dir", runs, *FLAGS[task])
     time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=300)
@@ -95,9 +84,7 @@ def test_stopped_between_checkpoints_and_resumed(place, straight, task):
 def test_killed_after_a_checkpoint_and_resumed(place, straight, task):
     """SIGKILL to the whole group after the first evaluation: what came later is played again."""
     runs = place / f"{task}_killed"
-    process = start(place, "--runs-dir", runs, *FLAGS[task])
-    while not (line := process.stdout.readline()).startswith("step "):
-        assert line, process.stderr.read()
+    process = start_and_evaluate(place, "--runs-dir", runs, *FLAGS[task])
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     (directory,) = runs.iterdir()

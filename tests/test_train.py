@@ -385,15 +385,25 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])"""
 
 
+def start(place, *flags):
+    """Start the script in the background, in a process group of its own."""
+    return subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, SCRIPT, *map(str, flags)], cwd=place,
+                            env=environment(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def start_and_evaluate(place, *flags):
+    """The same, gone on until its first evaluation is done."""
+    process = start(place, *flags)
+    while not (line := process.stdout.readline()).startswith("step "):
+        assert line, process.stderr.read()
+    return process
+
+
 def test_an_interrupted_run_says_how_to_go_on(place):
     """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
-    flags = ["--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000"]
-    process = subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, SCRIPT, *flags], cwd=place,
-                               env=environment(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
+    process = start_and_evaluate(place, "--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000")
     try:
-        while not (line := process.stdout.readline()).startswith("step "):
-            assert line, process.stderr.read()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
         _, stderr = process.communicate(timeout=300)
     finally:
