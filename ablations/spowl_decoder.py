@@ -69,6 +69,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import zipfile
@@ -1327,7 +1328,7 @@ def read_flags(argv, default=None):
         if not stop.code:
             raise  # --help
         lines = [line.strip("│ ") for line in errors.getvalue().splitlines()]
-        lines = ["" if line[:1] in "╭╰" or not line.strip("─-") else line for line in lines]  # a box, or ruled text
+        lines = ["" if line[:1] in "╭╰" or not line.strip("─-") else line for line in lines]  # a box or a rule
         texts = [" ".join(block.split()) for block in "\n".join(lines).split("\n\n")]
         texts = [text for text in texts if text and "helptext" not in text]
         titled = "╭" in errors.getvalue()  # there the title went with the box
@@ -1502,7 +1503,7 @@ def resume_envs(envs, buffer, saved):
         actions=[[np.array(action, np.float32) for action in taken] for taken in saved["actions"]])
     if np.array_equal(replay_envs(envs, progress.episodes, progress.actions), progress.obs):
         return buffer, progress
-    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine or version?): they end")
+    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
     unfinished = np.array([len(taken) > 0 for taken in progress.actions])
     episodes = progress.episodes + unfinished
     return cut_episodes(buffer, unfinished), progress._replace(
@@ -1579,8 +1580,8 @@ def learn(args, envs, eval_envs, stopping):
             collected = time.time()
 
             # --- Update: one gradient step per agent step collected
-            while (progress.step >= args.learning_starts and not stopping
-                   and num_updates + updates_at_once <= progress.step // args.action_repeat):
+            due = progress.step // args.action_repeat if progress.step >= args.learning_starts else 0
+            while num_updates + updates_at_once <= due and not stopping:
                 bar.set_description("updating" if update_many._cache_size() else "compiling the update")
                 agent, metrics = update_many(args, agent, buffer, updates_at_once)
                 values, num_updates = jax.device_get(metrics), num_updates + updates_at_once
@@ -1588,8 +1589,8 @@ def learn(args, envs, eval_envs, stopping):
                 if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
                     raise SystemExit(f"{', '.join(bad)} not finite at step {progress.step:,}; the last checkpoint "
                                      "stays as it is")
-            if stopping:
-                break
+            if progress.step < cycle_end(args, progress.completed) or num_updates + updates_at_once <= due:
+                break  # stopped
             updated, step = time.time(), progress.step
             envs.failures.clear()
             eval_envs.failures.clear()
@@ -1643,18 +1644,31 @@ def learn(args, envs, eval_envs, stopping):
     return episodes
 
 
+def heed_signals(stopping, at_once):
+    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process, with `at_once` any signal does.
+
+    A thread reads what the C handlers write: Python's own would wait until JAX gives control back."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        while True:
+            for number in os.read(reading, 16):
+                if at_once or stopping and number == signal.SIGINT:
+                    os._exit(128 + number)
+                stopping.append(number)
+                print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
+
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(argv=None):
     """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
     args, stopping = parse_args(argv), []
-
-    def stop(number, frame):
-        if stopping and number == signal.SIGINT or args.evaluate:
-            os._exit(128 + number)
-        stopping.append(number)
-        print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    heed_signals(stopping, at_once=bool(args.evaluate))
     try:
         evaluate_run(args) if args.evaluate else train(args, stopping)
     except EnvFailure as failure:

@@ -7,14 +7,17 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import small_args
-from test_train import POINT, SCRIPT, TINY, checkpoint, environment, place, rows_of, start  # noqa: F401
+from test_train import (HEED_SIGNALS, POINT, SCRIPT, TINY, checkpoint, environment, place, rows_of,  # noqa: F401
+                        start)
 
 import spowl_continuous as spowl
 
@@ -72,6 +75,29 @@ def check_killed_run(directory, stderr, at_least):
 
 def test_killed_workers_cost_their_episodes_only(place):
     check_killed_run(*kill_workers(place, kills=3, total=20_000), at_least=2)
+
+
+def test_an_evaluation_is_played_again_where_a_process_dies(monkeypatch):
+    """The same episodes come out as without the failure, and none of it is left of the first attempt."""
+    args, step_envs, calls = small_args(), spowl.step_envs, []
+    agent = spowl.init_agent(args, jax.random.key(0), 60, 2)
+    envs = spowl.start_envs(args, 1, 2, start_method="spawn")
+
+    def step(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            envs.processes[1].kill()
+            envs.processes[1].join()
+        return step_envs(*arguments)
+
+    try:
+        undisturbed, _ = spowl.evaluate(args, agent, envs, 2)
+        monkeypatch.setattr(spowl, "step_envs", step)
+        disturbed, _ = spowl.evaluate(args, agent, envs, 2)
+    finally:
+        spowl.close_envs(envs)
+    assert len(calls) == 7 + 200 and len(envs.failures) == 1
+    assert disturbed == undisturbed and [episode["length"] for episode in disturbed] == [1000] * 2
 
 
 @pytest.mark.long
@@ -202,27 +228,38 @@ def test_losses_and_parameters_are_watched(place):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stopping at once; a long time
 # ----------------------------------------------------------------------------------------------------------------------
+COMPUTING = """import jax
+import jax.numpy as jnp
+import spowl_continuous as spowl
+
+def endless(args, stopping):
+    spin = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2.0, jnp.cos, x)).lower(0.5).compile()
+    print("computing", flush=True)
+    spin(0.5).block_until_ready()
+
+spowl.train = endless
+spowl.main([])"""
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_one_signal_asks_training_to_stop_and_a_second_ctrl_c_ends_it(monkeypatch, capsys, first):
-    """The first only fills `stopping`; the second leaves without going back to the training loop."""
-    told, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def training(args, stopping):
-        signal.raise_signal(first)
-        told.append(list(stopping))
-        signal.raise_signal(signal.SIGINT)
-        told.append("went on")
-
-    monkeypatch.setattr(spowl, "train", training)
-    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+def test_the_first_signal_is_acknowledged_and_a_second_ctrl_c_ends_it_while_jax_computes(first):
+    """Python gets control back only after a computation, here never."""
+    process = subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, "-c", COMPUTING],
+                               cwd=Path(SCRIPT).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    limit = threading.Timer(60.0, process.kill)  # a line that never comes must not hang the tests
+    limit.start()
     try:
-        with pytest.raises(SystemExit) as stop:
-            spowl.main([])
+        assert process.stdout.readline() == "computing\n"
+        time.sleep(1.0)  # now it is
+        process.send_signal(first)
+        assert process.stderr.readline() == "\n" and process.stderr.readline().startswith("stopping after this step")
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert stop.value.code == 130 and told == [[first]]
-    assert "stopping after this step" in capsys.readouterr().err
+        limit.cancel()
+        process.kill()
+        process.communicate()
 
 
 def usage(pid):
