@@ -238,6 +238,29 @@ def test_what_decide_is_given(monkeypatch, agent):
     np.testing.assert_array_equal(after.metrics["charts/balance"], [0 + 1, 4 + 5, 0 + 1])  # summed over the two steps
 
 
+@pytest.mark.parametrize("backend, num_envs, at_once", [("cpu", 10, 5), ("cpu", 8, 4), ("cpu", 7, 1), ("cpu", 3, 3),
+                                                       ("gpu", 10, 10)])
+def test_environments_are_decided_in_equal_groups(monkeypatch, agent, backend, num_envs, at_once):
+    """At most five at a time where the cache is small, all at once elsewhere; each gets what is its own."""
+    def stand_in(args, model, policy, z, last_mean, key, explore):
+        return z[:2], last_mean + 1.0, {name: last_mean[0, 0] for name in new_actor().metrics}
+
+    groups, lax_map = [], jax.lax.map
+    monkeypatch.setattr(spowl, "decide", stand_in)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.lax, "map", lambda f, xs, batch_size: groups.append(batch_size) or lax_map(
+        f, xs, batch_size=batch_size))
+    obs = np.random.default_rng(0).normal(size=(num_envs, OBS)).astype(np.float32)
+    args = dataclasses.replace(ARGS, num_envs=num_envs)
+    actor = init_actor(args, jax.random.key(9), ACTIONS)
+    actor = actor._replace(plan_mean=jnp.arange(4.0 * num_envs).reshape(num_envs, 2, 2))
+    action, after = jax.jit(lambda actor: act.__wrapped__(args, agent, actor, obs, obs[:, 0] > 9, True))(actor)
+    assert groups == [at_once]
+    np.testing.assert_allclose(action, spowl.encode(args, agent.model, obs)[:, :2], atol=1e-5)
+    np.testing.assert_array_equal(after.plan_mean, actor.plan_mean + 1.0)
+    np.testing.assert_array_equal(after.metrics["charts/balance"], 4.0 * np.arange(num_envs))
+
+
 def test_act_is_compiled_once(agent):
     """Exploration, resets and what an actor has become do not lead to another compilation."""
     actor, sizes = init_actor(ARGS, jax.random.key(3), ACTIONS), set()

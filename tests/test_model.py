@@ -20,7 +20,7 @@ OBS, ACTIONS = 7, 3
 
 compiled = partial(jax.jit, static_argnums=0)
 draw_action, read_heads, step_latent = compiled(policy_sample), compiled(heads), compiled(next_latent)
-run_mlp, run_ensemble = jax.jit(mlp), jax.jit(ensemble)
+run_mlp = jax.jit(mlp)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,15 @@ def test_one_latent_against_many_actions(model):
         np.testing.assert_allclose(one, many, atol=1e-5)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def run_ensemble(request, monkeypatch):
+    """The ensemble as it is computed on either kind of device, head by head or all at once."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return jax.jit(lambda *inputs: ensemble(*inputs))
+
+
 @pytest.mark.parametrize("name, count", [("cost", 2), ("q", 3), ("qc", 4)])
-def test_ensemble_is_a_loop_over_heads(model, name, count):
+def test_ensemble_is_a_loop_over_heads(run_ensemble, model, name, count):
     """§3: K heads of the same input; their read-outs head by head."""
     z, action = inputs(2, 5)
     logits = run_ensemble(model[name], z, action)
@@ -170,7 +177,7 @@ def test_ensemble_is_a_loop_over_heads(model, name, count):
     np.testing.assert_allclose(read_heads(ARGS, model[name], z, action), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_acts_on_the_first_linear_output_alone(model):
+def test_dropout_acts_on_the_first_linear_output_alone(run_ensemble, model):
     """§3: dropout after the first Linear, before its LayerNorm; each head has its own mask."""
     z, action = inputs(2, 5)
     keep = np.random.default_rng(0).choice([0.0, 1.5], (3, 10, ARGS.mlp_dim))
