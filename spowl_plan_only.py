@@ -255,7 +255,8 @@ def two_hot(x, num_bins, limit):
 
 def read_out(logits, limit):
     """(..., M) -> (...): the number that logits stand for, symexp(sum softmax(logits) bins)."""
-    return symexp(jax.nn.softmax(logits) @ jnp.linspace(-limit, limit, logits.shape[-1]))
+    bins = jnp.linspace(-limit, limit, logits.shape[-1])
+    return symexp(jnp.matmul(jax.nn.softmax(logits), bins, precision="highest"))  # a GPU would round to 10 bits
 
 
 def cross_entropy(logits, target):
@@ -298,7 +299,7 @@ def norm_mish_backward(residuals, grad):
     normed, inv_std, slope, scale = residuals
     grad_y = grad * slope
     weighted = grad_y * normed
-    mean = lambda x: (x @ scale)[..., None] / scale.size  # mean of x * scale, which need not be written to memory
+    mean = lambda x: jnp.matmul(x, scale, precision="highest")[..., None] / scale.size  # of x * scale, never in memory
     grad_x = (grad_y * scale - mean(grad_y) - normed * mean(weighted)) * inv_std
     rows = tuple(range(grad.ndim - 1))
     return grad_x, jnp.sum(weighted, rows), jnp.sum(grad_y, rows)
@@ -541,8 +542,9 @@ def plan(args, model, policy, z, last_mean, key):
         elites, metrics = select_elites(args, returns, costs)
         log_weights = jnp.where(elites, args.temperature * returns, -jnp.inf)
         weights = jax.nn.softmax(log_weights)
-        mean = jnp.einsum("n,hna->ha", weights, actions)
-        std = jnp.sqrt(jnp.einsum("n,hna->ha", weights, (actions - mean[:, None]) ** 2))
+        average = partial(jnp.einsum, "n,hna->ha", weights, precision="highest")
+        mean = average(actions)
+        std = jnp.sqrt(average((actions - mean[:, None]) ** 2))
         drawn = jax.random.categorical(key_draw, log_weights)
         return Plan(mean, jnp.clip(std, args.min_std, args.max_std), actions[0, drawn]), metrics
 

@@ -1,6 +1,6 @@
 """What the machine can do, and how near to it the agent comes: one table, one picture, one run on one machine.
 
-    python benchmark/speed.py                                  # everything; leave the machine alone meanwhile
+    python benchmark/speed.py                                  # everything, minutes; leave the machine alone meanwhile
     python benchmark/speed.py --sizes recipe --parts update plan --json speed.json
 
 The ceiling is measured in the same run: a large float32 matrix product, and a copy of the device's memory. Operations are
@@ -39,7 +39,7 @@ COLUMNS = ("size", "part", "seconds", "flops", "share_of_ceiling", "compile_seco
 @dataclasses.dataclass(frozen=True)
 class Options:
     sizes: tuple[Literal["default", "recipe"], ...] = ("recipe", "default")
-    """sizes of the networks and the planner"""
+    """sizes of the networks and the planner; how times grow, and the simulator, are measured with the first"""
     parts: tuple[Literal["ceiling", "update", "plan", "env_step", "cycle", "growth"], ...] = PARTS
     """what to measure; the ceiling always is"""
     cycle_share: float = 0.1
@@ -288,7 +288,7 @@ def measure(options):
             flops = plan_flops(args, *sizes)
             seconds, *about = measure_plan(args, *sizes, options.repeats)
             yield row(size, "plan", seconds, flops, share(flops, seconds), *about)
-        if "env_step" in options.parts and size == options.sizes[0]:  # the same for all sizes
+        if "env_step" in options.parts and size == options.sizes[0]:
             for env_id in dict.fromkeys((options.env_id, "SafetyAntGoal1-v0")):
                 ours, alone = measure_env_step(dataclasses.replace(args, env_id=env_id))
                 suffix = "" if env_id == options.env_id else f" {env_id}"
@@ -300,7 +300,7 @@ def measure(options):
             yield row(size, "cycle", seconds, flops, share(flops, seconds))
             for name, value in (("act", acting), ("environments", stepping), ("updates", updating)):
                 yield row(size, f"cycle: {name}", value)
-        if "growth" in options.parts:
+        if "growth" in options.parts and size == options.sizes[0]:
             for part, run, count in (("update", measure_update, update_flops), ("plan", measure_plan, plan_flops)):
                 for name, value, larger in grown(args, part):
                     measured = run(larger, *sizes, 3)
@@ -347,6 +347,11 @@ def draw(rows, path):
 
 
 def main(options):
+    if options.repeats < 1 or not 0 < options.cycle_share <= 1:
+        raise SystemExit("--repeats must be at least 1, and --cycle-share lie in (0, 1]")
+    for path in filter(None, (options.json, options.csv, options.picture)):
+        if not path.parent.is_dir():
+            raise SystemExit(f"{path}: there is no directory {path.parent}")
     rows = []
     print(jax.devices()[0], f"{os.cpu_count()} CPU cores", flush=True)
     for row in measure(options):
