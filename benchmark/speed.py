@@ -3,9 +3,9 @@
     python benchmark/speed.py                                  # everything, minutes; leave the machine alone meanwhile
     python benchmark/speed.py --sizes recipe --parts update plan --json speed.json
 
-The ceiling is measured in the same run: a large float32 matrix product, and a copy of the device's memory. Operations are
-counted as the fewest that the method needs (see `update_flops` and `plan_flops`), so the share of the ceiling cannot be
-raised by doing more of them. Times are medians."""
+The ceiling is measured in the same run: a large float32 matrix product, and a copy of the device's memory. Operations
+are counted as the fewest that the method needs (see `update_flops` and `plan_flops`), so the share of the ceiling cannot
+be raised by doing more of them. Times are medians."""
 
 import csv
 import dataclasses
@@ -66,14 +66,15 @@ def products(rows, *sizes):
 
 def update_flops(args, obs_dim, action_dim):
     """One update: heads that targets and losses read, forward once, backward by weights and by inputs where needed."""
-    z, w, bins, rows, starts = args.latent_dim, args.mlp_dim, args.num_bins, args.batch_size * args.horizon, args.batch_size
+    z, w, bins, starts = args.latent_dim, args.mlp_dim, args.num_bins, args.batch_size
+    rows = starts * args.horizon
     head = partial(products, rows, z + action_dim, w, w, bins)
     encoder = partial(products, rows, obs_dim, args.enc_dim, z)
     targets = encoder() + products(rows, z, w, w, 2 * action_dim) + (2 + args.num_c) * head()
     trained = 3 * (1 + args.num_cost_heads + args.num_q + args.num_c) * head()
     dynamics = 3 * products(rows, z + action_dim, w, w, z)
     encoded = 3 * products(starts, obs_dim, args.enc_dim, z) - products(starts, obs_dim, args.enc_dim)
-    rows = args.batch_size * (args.horizon + 1)
+    rows = starts * (args.horizon + 1)
     forward, by_action = products(rows, z + action_dim, w, w, bins), products(rows, action_dim, w, w, bins)
     read = (2 + args.lagrangian_heads) * (forward + by_action)
     policy = 3 * products(rows, z, w, w, 2 * action_dim) - products(rows, z, w)
@@ -227,7 +228,7 @@ def measure_env_step(args, steps=600):
 
 
 def measure_cycle(args, share):
-    """That share of a cycle, as `learn` goes through it -> seconds of acting, stepping and updating, of a whole cycle."""
+    """That share of a cycle, as `learn` goes through it -> seconds of acting, stepping, updating, of a whole cycle."""
     envs = spowl.start_envs(args, 0, args.num_envs, False, "spawn")
     try:
         agent = spowl.init_agent(args, jax.random.key(0), envs.obs_dim, envs.action_dim)
@@ -314,8 +315,9 @@ def show(row):
     number = lambda value, form: "" if value is None else format(value, form)
     gflop = row["flops"] and row["flops"] / 1e9
     peak = row["peak_bytes"] and row["peak_bytes"] / 2**20
-    return (f"{row['size']:8} {row['part']:26} {number(row['seconds'], '10.4g'):>10} s {number(gflop, '10.4g'):>10} GFLOP "
-            f"{number(row['share_of_ceiling'], '6.0%'):>6} {number(row['compile_seconds'], '6.1f'):>6} s "
+    return (f"{row['size']:8} {row['part']:26} {number(row['seconds'], '10.4g'):>10} s "
+            f"{number(gflop, '10.4g'):>10} GFLOP "
+            f"{number(row['share_of_ceiling'], '6.1%'):>6} {number(row['compile_seconds'], '6.1f'):>6} s "
             f"{number(peak, '8.0f'):>8} MiB")
 
 
@@ -323,9 +325,10 @@ def draw(rows, path):
     """Shares of the ceiling on the left; on the right, how time grows, both axes relative to the size's own point."""
     figure, (left, *right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     parts = [row for row in rows if row["share_of_ceiling"] and "=" not in row["part"] and row["part"] != "ceiling"]
-    labels = [f"{row['part']}, {row['size']}" for row in parts]
+    labels = [f"{row['size']} {row['part']}".replace("env_step", "env_step*") for row in parts]
     left.barh(labels, [100 * row["share_of_ceiling"] for row in parts])
-    left.set(title="share of the ceiling, %", xlim=(0, 100))
+    left.set(title="share of the ceiling, %", xlim=(0, 100), xlabel="* of what the simulators do alone")
+    left.grid(axis="x", alpha=0.3)
     left.invert_yaxis()
     for axis, part in zip(right, GROWTH):
         for size in dict.fromkeys(row["size"] for row in rows):
