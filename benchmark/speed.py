@@ -4,8 +4,8 @@
     python benchmark/speed.py --sizes recipe --parts update plan --json speed.json
 
 The ceiling is measured in the same run: a large float32 matrix product, and a copy of the device's memory. Operations
-are counted as the fewest that the method needs (see `update_flops` and `plan_flops`), so the share of the ceiling cannot
-be raised by doing more of them. Times are medians."""
+are counted as the fewest that the method needs (see `update_flops` and `plan_flops`), so doing more of them does not
+raise the share of the ceiling. Times are medians."""
 
 import csv
 import dataclasses

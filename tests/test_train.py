@@ -23,7 +23,8 @@ from spowl_continuous import Args, Envs, parse_args
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "spowl_continuous.py"
 TINY = ("--num-envs 2 --learning-starts 500 --train-every 500 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-bins 21 "
-        "--num-samples 16 --num-elites 4 --num-pi-trajs 4 --iterations 2 --batch-size 8 --bootstrap-samples 50").split()
+        "--num-samples 16 --num-elites 4 --num-pi-trajs 4 --iterations 2 --batch-size 8 --bootstrap-samples 50 "
+        "--num-q 2 --num-c 2 --num-cost-heads 2 --lagrangian-heads 2").split()
 POINT = TINY + "--total-timesteps 2500 --action-repeat 25 --buffer-size 120 --eval-every 1000 --eval-episodes 2".split()
 SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d, cost (\d+\.\d) ± \d+\.\d over (\d+) episodes, "
                      r"cost rate (0\.\d{4}), balance \d+%, wall time \d+:\d\d:\d\d")
