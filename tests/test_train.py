@@ -386,10 +386,10 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])"""
 
 
-def start(place, *flags):
+def start(place, *flags, stderr=subprocess.PIPE):
     """Start the script in the background, in a process group of its own."""
     return subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, SCRIPT, *map(str, flags)], cwd=place,
-                            env=environment(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=environment(place), text=True, stdout=subprocess.PIPE, stderr=stderr,
                             start_new_session=True)
 
 
