@@ -1,4 +1,4 @@
-"""The installation: requirements.txt, the header that `uv run` reads, what is installed, and the simulator's import."""
+"""The installation: both requirements.txt, the header that `uv run` reads, what is installed, and the simulator's import."""
 import ast
 import json
 import os
@@ -25,8 +25,11 @@ HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", re.MULTILINE)
 WITH_HEADER = [path for path in SOURCES if path in SCRIPTS or HEADER.search(path.read_text())]
 
 
-def read_requirements():
-    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+FILES = (ROOT / "requirements.txt", ROOT / "benchmark" / "requirements.txt")
+
+
+def read_requirements(files=FILES):
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for path in files for line in path.read_text().splitlines()]
     return [Requirement(line) for line in lines if line]
 
 
@@ -44,7 +47,7 @@ def exact_version(requirement):
 
 
 def pins(python):
-    """{name: version} of requirements.txt for that Python."""
+    """{name: version} of both files for that Python."""
     return {canonicalize_name(r.name): exact_version(r) for r in read_requirements() if applies(r, python)}
 
 
@@ -90,6 +93,14 @@ def test_there_are_scripts_to_check():
 def test_every_import_is_pinned(path):
     missing = {module for module in imported_packages(path) if distribution(module) not in pins("3.11")}
     assert not missing
+
+
+def test_the_scripts_need_the_first_file_alone():
+    """Only sweep.py and its test need more; plots and the measurement of speed do not."""
+    first = {canonicalize_name(requirement.name) for requirement in read_requirements(FILES[:1])}
+    needy = {path.name for path in SOURCES
+             if any(distribution(module) not in first for module in imported_packages(path))}
+    assert needy == {"sweep.py", "test_sweep.py"}
 
 
 def test_every_requirement_is_exact():

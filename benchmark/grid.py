@@ -1,0 +1,86 @@
+"""A grid of runs: tasks x settings x seeds at a scale, read from a YAML file for sweep.py, which makes the runs, and
+plot.py, which draws them.
+
+    title: text above the picture
+    panels: [return, cost, cost_rate, balance]                          # left out: all four
+    tasks: [SafetyPointGoal1-v0]
+    scales:
+      recipe: {seeds: [1, 2, 3], flags: {total-timesteps: 100000}}      # its own tasks, if they differ
+    settings:
+      local_1: {label: local 1, script: spowl_fixed_threshold.py, flags: {plan-cost-score: local, plan-threshold: 1},
+                scales: [recipe]}                                       # left out: every scale"""
+
+from typing import NamedTuple
+
+import yaml
+
+PANELS = ("return", "cost", "cost_rate", "balance")
+
+
+class Grid(NamedTuple):
+    """A grid at one scale."""
+
+    title: str
+    panels: tuple
+    tasks: tuple
+    seeds: tuple
+    flags: dict  # of all runs
+    settings: dict  # name -> {label, script, flags}
+
+
+def require(holds, message):
+    if not holds:
+        raise SystemExit(message)
+
+
+def check_mapping(where, given, required, optional=()):
+    """SystemExit unless `given` is a mapping with the required names and no unknown one."""
+    require(isinstance(given, dict), f"{where} must be a mapping, found {given!r}")
+    for name in required:
+        require(name in given, f"{where} lacks {name!r}")
+    for name in given:
+        require(name in (*required, *optional), f"{where} has {name!r}; known are {', '.join((*required, *optional))}")
+
+
+def check_list(where, given, kind, allowed=None):
+    """SystemExit unless `given` is a list, not empty, without a repetition, of that type, of what is allowed."""
+    require(isinstance(given, list) and given and all(type(value) is kind for value in given),
+            f"{where} must be a list of {kind.__name__}, found {given!r}")
+    require(len(set(given)) == len(given), f"{where} has something twice: {given!r}")
+    for value in given:
+        require(allowed is None or value in allowed, f"{where} has {value!r}; known are {', '.join(allowed or ())}")
+
+
+def hyphened(flags):
+    """Flags as the command line spells them."""
+    return {str(name).replace("_", "-"): value for name, value in flags.items()}
+
+
+def read_grid(path, scale):
+    """The grid in a file at one of its scales; SystemExit with one line for what is wrong in it."""
+    try:
+        grid = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SystemExit(f"{path} is not a grid: {' '.join(str(error).split())}")
+    check_mapping(path, grid, ("title", "tasks", "scales", "settings"), ("panels",))
+    check_list(f"{path}: tasks", grid["tasks"], str)
+    check_list(f"{path}: panels", grid.setdefault("panels", list(PANELS)), str, PANELS)
+    scales, settings = grid["scales"], grid["settings"]
+    for where, entries in (("scales", scales), ("settings", settings)):
+        require(isinstance(entries, dict) and entries and all(isinstance(name, str) for name in entries),
+                f"{path}: {where} must be a mapping with names, found {entries!r}")
+    for name, entry in scales.items():
+        check_mapping(f"{path}: scale {name}", entry, ("seeds",), ("flags", "tasks"))
+        check_mapping(f"{path}: scale {name}: flags", entry.setdefault("flags", {}), (), entry["flags"])
+        check_list(f"{path}: scale {name}: seeds", entry["seeds"], int)
+        check_list(f"{path}: scale {name}: tasks", entry.setdefault("tasks", grid["tasks"]), str)
+    for name, entry in settings.items():
+        check_mapping(f"{path}: setting {name}", entry, ("label", "script"), ("flags", "scales"))
+        check_mapping(f"{path}: setting {name}: flags", entry.setdefault("flags", {}), (), entry["flags"])
+        check_list(f"{path}: setting {name}: scales", entry.setdefault("scales", list(scales)), str, list(scales))
+    require(scale in scales, f"--scale {scale}: {path} has {', '.join(scales)}")
+    chosen = scales[scale]
+    settings = {name: entry | {"flags": hyphened(entry["flags"])} for name, entry in settings.items()
+                if scale in entry["scales"]}
+    return Grid(str(grid["title"]), tuple(grid["panels"]), tuple(chosen["tasks"]), tuple(chosen["seeds"]),
+                hyphened(chosen["flags"]), settings)

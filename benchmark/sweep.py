@@ -1,0 +1,341 @@
+"""Many runs on Ray: every task, setting and seed of a grid, each a process of its own script, gone on with until done.
+
+    python benchmark/sweep.py benchmark/grids/fig6.yaml --scale recipe
+    python benchmark/sweep.py benchmark/grids/fig6.yaml --scale paper --address auto --cpus 8 --gpus 0.5
+
+Without an address Ray starts on this machine and ends with the sweep. On a cluster every node needs this repository, its
+packages and --runs-dir under the same paths. A run is known by its task, setting and seed, RUNS_DIR/{env_id}__{setting}__
+{seed}__{time}: what is finished there is not repeated, what is not is resumed from its newest checkpoint, so Ctrl-C (every
+run then writes a checkpoint) and the same command again go on. Where a process fails or its node dies, the run is resumed
+wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has what the processes print; whoever writes it
+holds its lock, so a run never has two processes, also where a node is only cut off."""
+
+import ctypes
+import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import ray
+import tyro
+from grid import read_grid
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    grid: Annotated[Path, tyro.conf.Positional]
+    """YAML file of tasks, settings, scales"""
+    scale: str = "recipe"
+    """which of the grid's scales"""
+    runs_dir: Path | None = None
+    """directory of the runs (default: runs/SCALE), seen by every node"""
+    only: tuple[str, ...] = ()
+    """settings to run (default: all)"""
+    address: str | None = None
+    """of a Ray cluster, or auto for the one that is running here (default: an instance of its own)"""
+    cpus: float = 1.0
+    """cores per run"""
+    gpus: float = 0.0
+    """GPUs per run; with a fraction several share one"""
+    attempts: int = 3
+    """a run is given up after so many attempts in a row that left no new checkpoint"""
+    dry_run: bool = False
+    """print the runs, where they are and their commands, and stop"""
+
+
+class Job(NamedTuple):
+    """One run of the grid."""
+
+    name: str  # {env_id}__{setting}__{seed}
+    script: str  # under ROOT
+    flags: tuple  # words of its command line
+    steps: int  # at which it is finished
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The grid
+# ----------------------------------------------------------------------------------------------------------------------
+def words(flags):
+    """Flags by name, as YAML has them, as words of a command line."""
+    made = []
+    for name, value in flags.items():
+        made += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return made
+
+
+def load_script(script):
+    """A script of this repository as a module."""
+    if not (ROOT / script).is_file():
+        raise SystemExit(f"script {script} does not exist in {ROOT}")
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def jobs_of(grid, runs_dir):
+    """Every run of a grid, the first seed's first; SystemExit with a line for each flag that its script refuses."""
+    modules = {script: load_script(script) for script in {entry["script"] for entry in grid.settings.values()}}
+    for task in grid.tasks:
+        next(iter(modules.values())).check_env_id(task)
+    jobs, mistakes = [], []
+    for seed, task, (setting, entry) in itertools.product(grid.seeds, grid.tasks, grid.settings.items()):
+        flags = words({"env-id": task, "exp-name": setting, "seed": seed, "runs-dir": runs_dir}
+                      | grid.flags | entry["flags"])
+        try:
+            args = modules[entry["script"]].parse_args(flags)
+        except SystemExit as stop:
+            mistakes += [f"setting {setting}: {line}" for line in str(stop).splitlines()]
+            continue
+        jobs.append(Job(f"{task}__{setting}__{seed}", entry["script"], tuple(flags), args.total_timesteps))
+        mistakes += differences(jobs[-1], runs_dir, modules[entry["script"]], args)
+    if mistakes:
+        raise SystemExit("\n".join(dict.fromkeys(mistakes)))
+    return jobs
+
+
+def differences(job, runs_dir, module, args):
+    """What speaks against taking the run that is there for this job, whose flags are to be args."""
+    _, run_dir = where(job, runs_dir)
+    if run_dir is None:
+        return []
+    try:
+        info = json.loads((run_dir / "args.json").read_text())
+        there = {"script": info["script"]} | info["args"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{run_dir} is not a run directory: {error}; move it elsewhere"]
+    wanted = {"script": Path(job.script).stem} | json.loads(json.dumps(dataclasses.asdict(args)))
+    changed = [f"{name} {there.get(name)}, not {value}" for name, value in wanted.items()
+               if name not in module.FREE_ON_RESUME and there.get(name) != value]
+    return [f"{run_dir} has {'; '.join(changed)}: move it elsewhere, or take another --runs-dir"] if changed else []
+
+
+def where(job, runs_dir):
+    """(step up to which the newest checkpoint is complete, run directory) of a job; (0, None) before its first.
+
+    SystemExit where there are two."""
+    found = sorted(path for path in runs_dir.glob(f"{job.name}__*") if any(path.glob("checkpoint_*.npz")))
+    if len(found) > 1:
+        raise SystemExit(f"{found[0]} and {found[1]} are the same run: move one of them elsewhere")
+    if not found:
+        return 0, None
+    newest = max(found[0].glob("checkpoint_*.npz"), key=lambda path: int(path.stem.split("_")[1]))
+    try:
+        with np.load(newest, allow_pickle=False) as file:
+            return int(json.loads(str(file["counters"]))["completed"]), found[0]
+    except Exception:  # its script says what is wrong with it
+        return 0, found[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a node
+# ----------------------------------------------------------------------------------------------------------------------
+def die_with_parent():
+    """In the child: SIGTERM, at which it writes a checkpoint and stops, when the Ray worker that waits for it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def environment(cpus, gpus):
+    """The environment variables of a run that has these."""
+    variables = dict(os.environ)
+    variables["NPROC"] = str(max(1, math.floor(cpus)))  # threads of XLA on a CPU
+    if gpus == 0:
+        variables["JAX_PLATFORMS"] = "cpu"
+    elif gpus < 1:
+        variables.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * gpus:.3f}")  # of the GPU's memory
+    return variables
+
+
+def attempt(job, root, runs_dir, cpus, gpus):
+    """Start or resume a job here and wait for its process. Yields the node's name, then what went wrong or ""."""
+    node = f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:6]}"
+    (runs_dir / "sweep").mkdir(parents=True, exist_ok=True)
+    with open(runs_dir / "sweep" / f"{job.name}.log", "ab") as log:
+        while True:  # the process inherits the lock: an earlier one may still be writing its checkpoint
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.5)
+        yield node
+        step, run_dir = where(job, runs_dir)
+        if step >= job.steps:
+            yield ""
+            return
+        command = [sys.executable, job.script, *job.flags, *(["--resume", str(run_dir)] if run_dir else [])]
+        log.write(f"{time.strftime('%F %T')} {node}: {' '.join(command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(command, cwd=root, env=environment(cpus, gpus), stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=log, preexec_fn=die_with_parent)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+        except BaseException:  # cancelled: a checkpoint is written
+            process.terminate()
+            process.wait()
+            raise
+        with open(log.name, "rb") as written:
+            last = written.read().decode(errors="replace").strip().splitlines()[-1].split("\r")[-1].strip()
+        yield f"exit status {process.returncode}: {last}" if process.returncode else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sweep
+# ----------------------------------------------------------------------------------------------------------------------
+def latest(run_dir):
+    """(simulator step, mean return, mean cost of the newest evaluation or None) by the end of a run's episodes.csv."""
+    step, evaluation = 0, []
+    with suppress(OSError, ValueError):
+        with open(run_dir / "episodes.csv", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            rows = [line.split(",") for line in file.read().decode().splitlines()[1:]]
+        rows = [row for row in rows if len(row) == 6]
+        step = int(rows[-1][1]) if rows else 0
+        newest = max((int(row[1]) for row in rows if row[0] == "eval"), default=None)
+        evaluation = [(float(row[3]), float(row[4])) for row in rows if row[0] == "eval" and int(row[1]) == newest]
+    return step, *(np.mean(evaluation, axis=0) if evaluation else (None, None))
+
+
+def table_of(jobs, states, runs_dir):
+    """The sweep as a table."""
+    table = Table("run", "state", "steps", "return", "cost", box=None, pad_edge=False)
+    for job in jobs:
+        found = sorted(runs_dir.glob(f"{job.name}__*"))
+        step, reward, cost = latest(found[-1]) if found else (0, None, None)
+        table.add_row(job.name, states[job.name], f"{step:,} / {job.steps:,}", "" if reward is None else f"{reward:.1f}",
+                      "" if cost is None else f"{cost:.1f}")
+    return table
+
+
+def check_room(cpus, gpus):
+    """SystemExit if no node could ever take a run."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        there = "; ".join(f"{node.get('CPU', 0):g} cores, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise SystemExit(f"--cpus {cpus:g} --gpus {gpus:g}: no node has that; there are {there}")
+
+
+def sweep(options, jobs, runs_dir, console):
+    """Run the jobs -> those given up, with the reason. KeyboardInterrupt once every run has stopped."""
+    remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0)(attempt)
+    submit = lambda job: remote.options(name=job.name).remote(job, ROOT, runs_dir, options.cpus, options.gpus)
+    states = {job.name: "finished" if where(job, runs_dir)[0] >= job.steps else "waiting" for job in jobs}
+    running = {submit(job): job for job in jobs if states[job.name] == "waiting"}
+    reached, vain, given_up = {job.name: where(job, runs_dir)[0] for job in jobs}, dict.fromkeys(states, 0), {}
+
+    def heed(generator):
+        """One report of a job: it began somewhere, ended, failed, or its node died."""
+        job, problem = running[generator], None
+        try:
+            report = ray.get(next(generator))
+            if states[job.name].startswith("waiting"):
+                states[job.name] = f"on {report}"
+                console.print(f"{job.name}: {states[job.name]}")
+                return
+            problem = report
+        except StopIteration:
+            problem = "it ended without a word"
+        except ray.exceptions.RayError as error:
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        del running[generator]
+        step, _ = where(job, runs_dir)
+        if step >= job.steps:
+            states[job.name] = "finished"
+            console.print(f"{job.name}: finished")
+            return
+        vain[job.name] = 1 if step > reached[job.name] else vain[job.name] + 1
+        reached[job.name] = step
+        console.print(f"{job.name}: stopped at a checkpoint of step {step:,}: {problem}", soft_wrap=True)
+        if vain[job.name] >= options.attempts:
+            states[job.name], given_up[job.name] = "given up", problem
+        else:
+            states[job.name] = f"waiting, resumes from {step:,}"
+            running[submit(job)] = job
+
+    with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+        try:
+            while running:
+                ready, _ = ray.wait(list(running), timeout=2.0, fetch_local=False)
+                for generator in ready:
+                    heed(generator)
+                if console.is_terminal:
+                    live.update(table_of(jobs, states, runs_dir), refresh=True)
+        except KeyboardInterrupt:
+            console.print(f"stopping {len(running)} runs, each writes a checkpoint; Ctrl-C once more does not wait")
+            for generator in running:
+                ray.cancel(generator)
+            for generator in running:
+                with suppress(ray.exceptions.RayError, StopIteration):
+                    while True:
+                        ray.get(next(generator))
+            raise
+    console.print(table_of(jobs, states, runs_dir))
+    return given_up
+
+
+def stop(*_):
+    """A handler of SIGTERM that does what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main(options):
+    if options.cpus <= 0 or options.gpus < 0 or options.attempts < 1:
+        raise SystemExit("--cpus must be positive, --gpus not negative, --attempts at least 1")
+    grid = read_grid(options.grid, options.scale)
+    if missing := [name for name in options.only if name not in grid.settings]:
+        raise SystemExit(f"--only {missing[0]}: at scale {options.scale} the grid has {', '.join(grid.settings)}")
+    if options.only:
+        grid = grid._replace(settings={name: grid.settings[name] for name in options.only})
+    runs_dir = (options.runs_dir or ROOT / "runs" / options.scale).resolve()
+    jobs, console = jobs_of(grid, runs_dir), Console(highlight=False)
+    if options.dry_run:
+        for job in jobs:
+            step, run_dir = where(job, runs_dir)
+            console.print(f"{run_dir or 'not begun'} at {step:,} of {job.steps:,}: {job.script} {' '.join(job.flags)}",
+                          soft_wrap=True)
+        return
+    host, _, port = (options.address or "").rpartition(":")
+    try:  # Ray itself would try for minutes
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise SystemExit(f"--address {options.address}: {error}")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray asks for a decision; ours is JAX_PLATFORMS
+    try:
+        ray.init(address=options.address or "local", include_dashboard=False if options.address is None else None,
+                 logging_level="warning", log_to_driver=False)
+        signal.signal(signal.SIGTERM, stop)
+        check_room(options.cpus, options.gpus)
+        given_up = sweep(options, jobs, runs_dir, console)
+    except ConnectionError as error:
+        raise SystemExit(f"--address {options.address}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on")
+        raise SystemExit(130)
+    finally:
+        ray.shutdown()
+    if given_up:
+        raise SystemExit("\n".join(f"{name} was given up: {problem}; see {runs_dir}/sweep/{name}.log"
+                                   for name, problem in given_up.items()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
