@@ -1,9 +1,13 @@
-"""From run directories to one csv, and from that csv to one picture: evaluation return, cost, cost rate and balance.
+"""From run directories to one csv, and from that csv to a picture and a table of evaluations.
 
-    python benchmark/plot.py --csv benchmark/results/NAME.csv --picture benchmark/results/NAME.png runs/*NAME*
+    python benchmark/plot.py --csv NAME.csv --picture NAME.png runs/*NAME*
+    python benchmark/plot.py --grid benchmark/grids/fig6.yaml --scale recipe --csv benchmark/results/fig6_recipe.csv \
+        --picture benchmark/results/fig6_recipe.png --table benchmark/results/fig6_recipe.md runs/recipe/Safety*
 
-Without run directories the picture is drawn again from the csv that is there. A thin line is a seed, the thick one the
-mean over those seeds that reached the step."""
+Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are taken,
+in its order and with its labels, and what is missing is called "not run". A thin line is a seed, the thick one the mean
+over those seeds that reached the step, the band its 95% bootstrap interval, dotted (from five seeds on) the
+interquartile mean. --paper puts the figures of the paper's Table 1 beside ours."""
 
 import csv
 import json
@@ -14,13 +18,15 @@ from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 import tyro
+from grid import PANELS, Grid, read_grid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_std", "cost", "cost_std", "cost_rate",
            "balance")
-PANELS = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
+TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
           "balance": "balance (share of plans executed)"}
 
 
@@ -28,14 +34,25 @@ PANELS = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate":
 class Options:
     csv: Path
     """table to write from the run directories, or to read where none is given"""
-    picture: Path
-    """picture to write"""
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """run directories"""
+    picture: Path | None = None
+    """learning curves to draw"""
+    table: Path | None = None
+    """table of the last evaluations to write, in Markdown"""
+    grid: Path | None = None
+    """grid of the runs (default: every run given, by its name)"""
+    scale: str = "recipe"
+    """which of the grid's scales"""
+    paper: Path | None = None
+    """csv of the paper's Table 1, to stand beside ours in the table"""
     cost_line: float = 25.0
-    """dashed line in the cost panel"""
+    """dashed line in the cost panels (0: none)"""
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# From run directories to rows
+# ----------------------------------------------------------------------------------------------------------------------
 def scalar_by_step(run_dir, tag):
     """{step: value} of one TensorBoard tag; what a resumed run played again counts once."""
     events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
@@ -47,56 +64,205 @@ def scalar_by_step(run_dir, tag):
 
 def evaluations(run_dir):
     """One row per evaluation of a run; standard deviations are over its episodes."""
-    args = json.loads((run_dir / "args.json").read_text())["args"]
+    try:
+        args = json.loads((run_dir / "args.json").read_text())["args"]
+        with open(run_dir / "episodes.csv", newline="") as file:
+            episodes = [row for row in csv.DictReader(file) if row["split"] == "eval"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{run_dir} is not a run directory: {error}")
     by_step = defaultdict(list)
-    with open(run_dir / "episodes.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["split"] == "eval":
-                by_step[int(row["step"])].append((float(row["return"]), float(row["cost"])))
+    for row in episodes:
+        by_step[int(row["step"])].append((float(row["return"]), float(row["cost"])))
     balance, cost_rate = scalar_by_step(run_dir, "eval/balance"), scalar_by_step(run_dir, "charts/cost_rate")
-    for step, episodes in sorted(by_step.items()):
-        returns, costs = np.array(episodes).T
+    for step, values in sorted(by_step.items()):
+        returns, costs = np.array(values).T
         yield {"exp_name": args["exp_name"], "env_id": args["env_id"], "seed": args["seed"], "step": step,
-               "episodes": len(episodes), "return": returns.mean(), "return_std": returns.std(), "cost": costs.mean(),
+               "episodes": len(values), "return": returns.mean(), "return_std": returns.std(), "cost": costs.mean(),
                "cost_std": costs.std(), "cost_rate": cost_rate[step], "balance": balance[step]}
 
 
-def draw(rows, path, cost_line):
-    """Four panels over simulator steps."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.4), layout="constrained")
-    for axis, (name, title) in zip(axes, PANELS.items()):
-        for color, exp_name in enumerate(dict.fromkeys(row["exp_name"] for row in rows)):
-            chosen = [row for row in rows if row["exp_name"] == exp_name]
-            seeds = sorted({int(row["seed"]) for row in chosen})
-            by_step = defaultdict(list)
-            for seed in seeds:
-                points = [(int(row["step"]), float(row[name])) for row in chosen if int(row["seed"]) == seed]
-                axis.plot(*zip(*points), color=f"C{color}", alpha=0.35, linewidth=1)
-                for step, value in points:
-                    by_step[step].append(value)
-            full = [(step, np.mean(values)) for step, values in sorted(by_step.items())]
-            axis.plot(*zip(*full), color=f"C{color}", linewidth=2.2, label=f"{exp_name} ({len(seeds)} seeds)")
-        if name == "cost" and cost_line > 0:
-            axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
-        axis.set(title=title, xlabel="simulator steps")
-        axis.set_ylim(0, None) if name != "return" else None
-        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize="small")
-    figure.suptitle(", ".join(dict.fromkeys(row["env_id"] for row in rows)))
-    figure.savefig(path, dpi=110)
+def write_rows(path, rows):
+    """The csv; SystemExit where two runs have the same name, task, seed and step."""
+    seen = set()
+    for row in rows:
+        key = tuple(row[name] for name in ("exp_name", "env_id", "seed", "step"))
+        if key in seen:
+            raise SystemExit(f"two runs of {key[0]} on {key[1]} with seed {key[2]}: leave one of them out")
+        seen.add(key)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        short = lambda value: f"{value:.6g}" if isinstance(value, float) else value
+        writer.writerows({name: short(value) for name, value in row.items()} for row in rows)
+
+
+def read_rows(path):
+    """The csv's rows, numbers as numbers."""
+    try:
+        with open(path, newline="") as file:
+            kinds = {"exp_name": str, "env_id": str, "seed": int, "step": int, "episodes": int}
+            reader = csv.DictReader(file)
+            if set(COLUMNS) - set(reader.fieldnames or ()):
+                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+            return [{name: kinds.get(name, float)(row[name]) for name in COLUMNS} for row in reader]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise SystemExit(f"--csv {path} is not a table that this program wrote: {error}")
+
+
+def grid_of(rows):
+    """The rows themselves as a grid: every name a setting, every task."""
+    names, tasks = (tuple(dict.fromkeys(row[name] for row in rows)) for name in ("exp_name", "env_id"))
+    return Grid("", PANELS, tasks, tuple(sorted({row["seed"] for row in rows})), {},
+                {name: {"label": name} for name in names})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Over seeds
+# ----------------------------------------------------------------------------------------------------------------------
+def by_seed(rows, task, setting, name):
+    """{seed: {step: value}} of one column."""
+    found = defaultdict(dict)
+    for row in rows:
+        if row["env_id"] == task and row["exp_name"] == setting:
+            found[row["seed"]][row["step"]] = row[name]
+    return dict(sorted(found.items()))
+
+
+def interval(values):
+    """95% percentile bootstrap interval of the mean; no width for a single value."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return values[0], values[0]
+    result = scipy.stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+    return tuple(map(float, result.confidence_interval))
+
+
+def interquartile_mean(values):
+    """Mean of the middle half."""
+    return float(scipy.stats.trim_mean(values, 0.25))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture
+# ----------------------------------------------------------------------------------------------------------------------
+def draw(rows, grid, path, cost_line):
+    """Learning curves: a row of panels per task, a colour per setting."""
+    figure, axes = plt.subplots(len(grid.tasks), len(grid.panels), squeeze=False, sharex=True, layout="constrained",
+                                figsize=(4 * len(grid.panels), 0.5 + 2.9 * len(grid.tasks)))
+    for task, line in zip(grid.tasks, axes):
+        for name, axis in zip(grid.panels, line):
+            for color, (setting, entry) in enumerate(grid.settings.items()):
+                draw_setting(axis, by_seed(rows, task, setting, name), f"C{color}", entry["label"])
+            if name == "cost" and cost_line > 0:
+                axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
+            axis.set_ylim(min(0, axis.get_ylim()[0]) if name == "return" else 0, 1.03 if name == "balance" else None)
+            axis.set(title=TITLES[name] if task == grid.tasks[0] else "")
+            axis.set(xlabel="simulator steps" if task == grid.tasks[-1] else "")
+            axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1000:g}k")
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel(task if len(grid.tasks) > 1 else "")
+        line[0].legend(frameon=False, fontsize="small")
+    tasks = ", ".join(grid.tasks) if len(grid.tasks) == 1 else ""
+    figure.suptitle(": ".join(text for text in (grid.title, tasks) if text))
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_setting(axis, seeds, color, label):
+    """One setting's seeds, their mean, its interval and, where there are enough, the interquartile mean."""
+    if not seeds:
+        axis.plot([], [], color=color, alpha=0.35, label=f"{label} (not run)")
+        return
+    steps = sorted({step for values in seeds.values() for step in values})
+    there = [np.array([values[step] for values in seeds.values() if step in values]) for step in steps]
+    for values in seeds.values():
+        axis.plot(*zip(*sorted(values.items())), color=color, alpha=0.3, linewidth=0.8)
+    axis.plot(steps, [values.mean() for values in there], color=color, linewidth=2.2,
+              label=f"{label} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})")
+    axis.fill_between(steps, *zip(*map(interval, there)), color=color, alpha=0.12, linewidth=0)
+    if len(seeds) >= 5:
+        axis.plot(steps, list(map(interquartile_mean, there)), color=color, linewidth=1.2, linestyle=":")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+FORMATS = {"return": "{:.1f}", "cost": "{:.1f}", "cost_rate": "{:.0f}", "balance": "{:.0f}%"}
+FACTORS = {"return": 1, "cost": 1, "cost_rate": 1e4, "balance": 100}
+HEADINGS = {"return": "return", "cost": "cost", "cost_rate": "cost rate ×10⁴", "balance": "balance"}
+
+
+def last_values(rows, task, setting, name, step):
+    """A column at the last step, of those seeds that reached it."""
+    return np.array([values[step] for values in by_seed(rows, task, setting, name).values() if step in values])
+
+
+def cell(values, name):
+    """Mean ± standard deviation over seeds, in the table's unit, or "not run"."""
+    if not len(values):
+        return "not run"
+    show = lambda value: FORMATS[name].format(FACTORS[name] * value + 0.0)
+    return f"{show(values.mean())} ± {show(values.std())}" if len(values) > 1 else show(values[0])
+
+
+def markdown(header, lines):
+    """A table in Markdown."""
+    return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
+
+
+def table_of_settings(rows, grid, step):
+    """A line per task and setting: the last evaluation, mean ± standard deviation over seeds."""
+    lines = []
+    for task in grid.tasks:
+        for setting, entry in grid.settings.items():
+            values = {name: last_values(rows, task, setting, name, step) for name in PANELS}
+            lines.append([task] * (len(grid.tasks) > 1) + [entry["label"], str(len(values["return"])),
+                                                           *(cell(values[name], name) for name in PANELS)])
+    head = ["task"] * (len(grid.tasks) > 1) + ["setting", "seeds", *HEADINGS.values()]
+    return markdown(head, lines) + f"\nAt {step:,} steps; mean ± standard deviation over seeds.\n"
+
+
+def table_beside_paper(rows, grid, step, path):
+    """Table 1: a line per task and metric of the paper, its algorithms' figures, then each setting of the grid."""
+    try:
+        with open(path, newline="") as file:
+            printed = {(row["env_id"], row["metric"], row["algorithm"]): f"{row['mean']} ± {row['std']}"
+                       for row in csv.DictReader(file)}
+    except (OSError, KeyError) as error:
+        raise SystemExit(f"--paper {path} is not the paper's table: {error}")
+    algorithms = list(dict.fromkeys(key[2] for key in printed))
+    lines = []
+    for task in dict.fromkeys([key[0] for key in printed] + list(grid.tasks)):
+        for name, metric in (("return", "return"), ("cost", "cost"), ("cost_rate", "cost_rate_x1e4")):
+            ours = []
+            for setting in grid.settings:
+                values = last_values(rows, task, setting, name, step)
+                ours.append(cell(values, name) + (f" ({len(values)})" if len(values) else ""))
+            lines.append([task if name == "return" else "", HEADINGS[name],
+                          *(printed.get((task, metric, algorithm), "—") for algorithm in algorithms), *ours])
+    head = ["task", "", *algorithms, *(f"ours: {entry['label']}" for entry in grid.settings.values())]
+    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± standard "
+                                    "deviation over seeds (in brackets how many).\n")
 
 
 def main(options):
+    """Rows from the runs, or from the csv; then picture and table."""
+    grid = read_grid(options.grid, options.scale) if options.grid else None
     if options.runs:
         rows = [row for run_dir in options.runs for row in evaluations(run_dir)]
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            short = lambda value: f"{value:.6g}" if isinstance(value, float) else value
-            writer.writerows({name: short(value) for name, value in row.items()} for row in rows)
-    with open(options.csv, newline="") as file:
-        draw(list(csv.DictReader(file)), options.picture, options.cost_line)
+        if grid:
+            names = {setting: order for order, setting in enumerate(grid.settings)}
+            rows = [row for row in rows if row["exp_name"] in names and row["env_id"] in grid.tasks
+                    and row["seed"] in grid.seeds]
+            rows.sort(key=lambda row: (row["env_id"], names[row["exp_name"]], row["seed"], row["step"]))
+        write_rows(options.csv, rows)
+    rows = read_rows(options.csv)
+    grid = grid or grid_of(rows)
+    if options.picture:
+        draw(rows, grid, options.picture, options.cost_line)
+    if options.table:
+        step = grid.flags.get("total-timesteps", 5_000_000 if options.grid else max(row["step"] for row in rows))
+        options.table.write_text(table_beside_paper(rows, grid, step, options.paper) if options.paper
+                                 else table_of_settings(rows, grid, step))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""benchmark/plot.py: from runs to rows, means and intervals over seeds, tables; the committed pictures and tables."""
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from tensorboard.summary import Writer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import plot
+from grid import Grid, read_grid
+
+RESULTS = ROOT / "benchmark" / "results"
+PAPER = ROOT / "benchmark" / "paper_table1.csv"
+
+
+def row(exp_name, seed, step, reward, cost, rate=0.05, balance=0.6, env_id="SafetyPointGoal1-v0"):
+    return {"exp_name": exp_name, "env_id": env_id, "seed": seed, "step": step, "episodes": 10, "return": reward,
+            "return_std": 0.0, "cost": cost, "cost_std": 0.0, "cost_rate": rate, "balance": balance}
+
+
+ROWS = [row("full", 1, 50, 10.0, 60.0), row("full", 1, 100, 20.0, 40.0, 0.04, 0.5),
+        row("full", 2, 50, 14.0, 50.0), row("full", 2, 100, 23.0, 50.0, 0.05, 0.7),
+        row("full", 3, 50, 99.0, 99.0), row("other", 1, 100, -0.04, 0.0, 0.0133, 1.0)]
+GRID = Grid("a title", ("return", "cost"), ("SafetyPointGoal1-v0",), (1, 2, 3), {"total-timesteps": 100},
+            {"full": {"label": "full agent"}, "absent": {"label": "nobody ran it"}, "other": {"label": "other"}})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Over seeds
+# ----------------------------------------------------------------------------------------------------------------------
+def test_interquartile_mean_is_the_mean_of_the_middle_half():
+    assert plot.interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, -50])) == (2 + 3 + 4 + 5) / 4
+
+
+def test_interval_of_two_seeds_by_enumeration():
+    """Resampled means of (a, b) are a, (a + b) / 2, b with probability 1/4, 1/2, 1/4: the 95% interval is [a, b]."""
+    assert plot.interval(np.array([3.0, 7.0])) == (3.0, 7.0)
+    assert plot.interval(np.array([3.0])) == (3.0, 3.0) and plot.interval(np.array([2.0, 2.0])) == (2.0, 2.0)
+
+
+def test_interval_of_many_seeds_is_the_normal_one():
+    values = np.random.default_rng(0).normal(5.0, 2.0, 400)
+    low, high = plot.interval(values)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert np.allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------------
+def test_table_of_settings_by_hand():
+    """Seed 3 did not reach the last step and does not count; what is missing says so."""
+    lines = plot.table_of_settings(ROWS, GRID, 100).splitlines()
+    assert lines[2:5] == ["| full agent | 2 | 21.5 ± 1.5 | 45.0 ± 5.0 | 450 ± 50 | 60% ± 10% |",
+                          "| nobody ran it | 0 | not run | not run | not run | not run |",
+                          "| other | 1 | -0.0 | 0.0 | 133 | 100% |"]
+    assert lines[-1] == "At 100 steps; mean ± standard deviation over seeds."
+
+
+def test_table_beside_the_paper():
+    lines = plot.table_beside_paper(ROWS, GRID, 100, PAPER).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-2]]
+    assert cells[0][:3] == ["task", "", "SPOWL"] and cells[0][-3:] == ["ours: full agent", "ours: nobody ran it",
+                                                                       "ours: other"]
+    assert cells[2][:4] == ["SafetyPointGoal1-v0", "return", "26.9 ± 0.4", "27.5 ± 0.2"]
+    assert [line[-3:] for line in cells[2:5]] == [["21.5 ± 1.5 (2)", "not run", "-0.0 (1)"],
+                                                 ["45.0 ± 5.0 (2)", "not run", "0.0 (1)"],
+                                                 ["450 ± 50 (2)", "not run", "133 (1)"]]
+    assert len(cells) == 2 + 7 * 3 and all(line[-3:] == ["not run"] * 3 for line in cells[5:])
+
+
+def test_the_papers_table_is_whole():
+    """Seven tasks, three metrics, seven algorithms, each once."""
+    with open(PAPER, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, number in (("env_id", 7), ("metric", 3), ("algorithm", 7)):
+        assert len({line[name] for line in rows}) == number
+    assert len({(line["env_id"], line["metric"], line["algorithm"]) for line in rows}) == len(rows) == 147
+    assert all(float(line["std"]) >= 0 and np.isfinite(float(line["mean"])) for line in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From runs to rows
+# ----------------------------------------------------------------------------------------------------------------------
+def make_run(path, seed=1):
+    """A run directory with two evaluations, the first of them logged twice, as after a kill."""
+    path.mkdir()
+    (path / "args.json").write_text(json.dumps({"args": {"exp_name": "full", "env_id": "task", "seed": seed}}))
+    with open(path / "episodes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("split", "step", "environment", "return", "cost", "length"),
+                                    ("train", 90, 0, 1.0, 2.0, 1000), ("eval", 100, 0, 3.0, 10.0, 1000),
+                                    ("eval", 100, 1, 5.0, 30.0, 1000), ("eval", 200, 0, 8.0, 0.0, 1000)])
+    writer = Writer(str(path))
+    for step, balance, rate in ((100, 0.9, 0.5), (100, 0.25, 0.125), (200, 0.75, 0.0625)):
+        writer.add_scalar("eval/balance", balance, step)
+        writer.add_scalar("charts/cost_rate", rate, step)
+    writer.close()
+    return path
+
+
+def test_rows_of_a_run(tmp_path):
+    first, second = plot.evaluations(make_run(tmp_path / "run"))
+    assert first == {"exp_name": "full", "env_id": "task", "seed": 1, "step": 100, "episodes": 2, "return": 4.0,
+                     "return_std": 1.0, "cost": 20.0, "cost_std": 10.0, "cost_rate": 0.125, "balance": 0.25}
+    assert (second["step"], second["episodes"], second["return"], second["balance"]) == (200, 1, 8.0, 0.75)
+    plot.write_rows(tmp_path / "rows.csv", [first, second])
+    assert plot.read_rows(tmp_path / "rows.csv") == [first, second]
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    runs = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    with pytest.raises(SystemExit, match="two runs of full on task with seed 1"):
+        plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=runs))
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_what_is_no_run_and_no_table_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="is not a run directory"):
+        plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=(tmp_path,)))
+    for text in ("", "exp_name,seed\nfull,1\n", "\0"):
+        (tmp_path / "rows.csv").write_text(text)
+        with pytest.raises(SystemExit, match="is not a table that this program wrote"):
+            plot.main(plot.Options(csv=tmp_path / "rows.csv"))
+
+
+def test_a_grid_chooses_its_runs(tmp_path):
+    """Of all that is given: its settings, tasks and seeds, in its order."""
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("title: t\ntasks: [task]\nscales:\n  recipe: {seeds: [1, 2], flags: {total-timesteps: 200}}\n"
+                    "settings:\n  other: {label: other, script: s}\n  full: {label: full, script: s}\n")
+    runs = tuple(make_run(tmp_path / f"run{seed}", seed) for seed in (3, 2, 1))
+    options = plot.Options(csv=tmp_path / "rows.csv", runs=runs, grid=grid, picture=tmp_path / "p.png",
+                           table=tmp_path / "t.md")
+    plot.main(options)
+    assert [(line["seed"], line["step"]) for line in plot.read_rows(options.csv)] == [(1, 100), (1, 200), (2, 100),
+                                                                                     (2, 200)]
+    assert "| full | 2 | 8.0 ± 0.0 | 0.0 ± 0.0 | 625 ± 0 | 75% ± 0% |" in options.table.read_text()
+    assert "| other | 0 | not run |" in options.table.read_text()
+    assert plt.imread(options.picture).ndim == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is committed
+# ----------------------------------------------------------------------------------------------------------------------
+FIGURES = sorted(RESULTS.glob("*_recipe.csv"))
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
+def test_committed_results_come_from_the_committed_csv(path, tmp_path):
+    """Picture to the pixel, table to the letter, the table also in the README."""
+    name, scale = path.stem.rsplit("_", 1)
+    grid = ROOT / "benchmark" / "grids" / f"{name}.yaml"
+    paper = PAPER if name == "table1" else None
+    plot.main(plot.Options(csv=path, grid=grid, scale=scale, picture=tmp_path / "p.png", table=tmp_path / "t.md",
+                           paper=paper))
+    assert (tmp_path / "t.md").read_text() == path.with_suffix(".md").read_text()
+    assert np.array_equal(plt.imread(tmp_path / "p.png"), plt.imread(path.with_suffix(".png")))
+    names = read_grid(grid, scale).settings
+    assert {line["exp_name"] for line in plot.read_rows(path)} <= set(names)
+    assert path.with_suffix(".md").read_text() in (ROOT / "README.md").read_text()
