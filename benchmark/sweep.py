@@ -215,9 +215,10 @@ def latest(run_dir):
 
 
 def table_of(jobs, states, runs_dir):
-    """The sweep as a table."""
-    table = Table("run", "state", "steps", "return", "cost", box=None, pad_edge=False)
-    for job in jobs:
+    """These jobs as a table, what runs first."""
+    table = Table("run", "state", "steps", "return", "cost", box=None, pad_edge=False, caption_justify="left",
+                  caption=f"{sum(state == 'finished' for state in states.values())} of {len(states)} finished")
+    for job in sorted(jobs, key=lambda job: not states[job.name].startswith("on ")):
         found = sorted(runs_dir.glob(f"{job.name}__*"))
         step, reward, cost = latest(found[-1]) if found else (0, None, None)
         table.add_row(job.name, states[job.name], f"{step:,} / {job.steps:,}", "" if reward is None else f"{reward:.1f}",
@@ -263,21 +264,23 @@ def sweep(options, jobs, runs_dir, console):
             return
         vain[job.name] = 1 if step > reached[job.name] else vain[job.name] + 1
         reached[job.name] = step
-        console.print(f"{job.name}: stopped at a checkpoint of step {step:,}: {problem}", soft_wrap=True)
+        since = f"after its checkpoint of step {step:,}" if step else "before its first checkpoint"
+        console.print(f"{job.name}: ended {since}: {problem}", soft_wrap=True)
         if vain[job.name] >= options.attempts:
             states[job.name], given_up[job.name] = "given up", problem
         else:
             states[job.name] = f"waiting, resumes from {step:,}"
             running[submit(job)] = job
 
-    with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+    with Live(console=console, auto_refresh=False, transient=True) as live:
         try:
             while running:
                 ready, _ = ray.wait(list(running), timeout=2.0, fetch_local=False)
                 for generator in ready:
                     heed(generator)
                 if console.is_terminal:
-                    live.update(table_of(jobs, states, runs_dir), refresh=True)
+                    unfinished = [job for job in jobs if states[job.name] != "finished"]
+                    live.update(table_of(unfinished, states, runs_dir), refresh=True)
         except KeyboardInterrupt:
             console.print(f"stopping {len(running)} runs, each writes a checkpoint; Ctrl-C once more does not wait")
             for generator in running:

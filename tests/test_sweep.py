@@ -305,8 +305,8 @@ def test_failures_are_resumed_and_given_up_without_progress(tmp_path):
     assert process.returncode == 1
     assert stderr.strip().splitlines()[-1].startswith(
         "task__never__1 was given up: exit status 1: cannot even begin; see ")
-    assert stdout.count("task__never__1: stopped at a checkpoint of step 0") == 2
-    assert "task__fails__1: stopped at a checkpoint of step 3: exit status 1: planned failure at 3" in stdout
+    assert stdout.count("task__never__1: ended before its first checkpoint: exit status 1") == 2
+    assert "task__fails__1: ended after its checkpoint of step 3: exit status 1: planned failure at 3" in stdout
     check_journal(tmp_path / "runs", "task__good__1", 8, processes=1)
     check_journal(tmp_path / "runs", "task__fails__1", 8, processes=2)
     assert list((tmp_path / "runs").glob("task__never__1__*")) == []
@@ -373,7 +373,7 @@ def test_a_node_of_two_dies(tmp_path, cluster, whole):
             os.kill(pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stdout, stderr)
-    died = re.findall(r"task__good__(\d): stopped at a checkpoint of step \d+: (\w+)", stdout)
+    died = re.findall(r"task__good__(\d): ended after its checkpoint of step \d+: (\w+)", stdout)
     assert len(died) == 1 and died[0][1] in ("NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError"), stdout
     for seed in (1, 2, 3):
         check_journal(tmp_path / "runs", f"task__good__{seed}", 25, processes=2 if str(seed) == died[0][0] else 1)
@@ -398,7 +398,7 @@ def test_real_runs_on_a_cluster_that_loses_a_node(tmp_path, place, cluster, monk
         os.kill(pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stdout, stderr)
-    assert len(re.findall(r"__real__\d: stopped at a checkpoint of step \d", stdout)) == 1
+    assert len(re.findall(r"__real__\d: ended after its checkpoint of step \d", stdout)) == 1
     for seed, reference in zip((1, 2), alone):
         (run_dir,) = (tmp_path / "runs").glob(f"SafetyPointGoal1-v0__real__{seed}__*")
         assert (run_dir / "episodes.csv").read_text() == (reference / "episodes.csv").read_text()
