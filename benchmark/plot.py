@@ -1,18 +1,18 @@
 """From run directories to one csv, and from that csv to a picture and a table of evaluations.
 
     python benchmark/plot.py --csv NAME.csv --picture NAME.png runs/*NAME*
-    python benchmark/plot.py --grid benchmark/grids/fig6.yaml --scale recipe --csv benchmark/results/fig6_recipe.csv \
-        --picture benchmark/results/fig6_recipe.png --table benchmark/results/fig6_recipe.md runs/recipe/Safety*
+    python benchmark/plot.py --grid benchmark/grids/fig6.yaml --scale recipe runs/recipe/Safety*
 
 Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are taken,
-in its order and with its labels, and what is missing is called "not run". A thin line is a seed, the thick one the mean
+in its order and with its labels, what is missing is called "not run", and all three files are benchmark/results/
+{grid}_{scale}.* unless they are named. A thin line is a seed, the thick one the mean
 over those seeds that reached the step, the band its 95% bootstrap interval, dotted (from five seeds on) the
 interquartile mean. --paper puts the figures of the paper's Table 1 beside ours."""
 
 import csv
+import dataclasses
 import json
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,18 +24,19 @@ from grid import PANELS, Grid, read_grid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_std", "cost", "cost_std", "cost_rate",
            "balance")
 TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
           "balance": "balance (share of plans executed)"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
-    csv: Path
-    """table to write from the run directories, or to read where none is given"""
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """run directories"""
+    csv: Path | None = None
+    """table to write from the run directories, or to read where none is given"""
     picture: Path | None = None
     """learning curves to draw"""
     table: Path | None = None
@@ -247,6 +248,13 @@ def table_beside_paper(rows, grid, step, path):
 def main(options):
     """Rows from the runs, or from the csv; then picture and table."""
     grid = read_grid(options.grid, options.scale) if options.grid else None
+    if not grid and not options.csv:
+        raise SystemExit("--csv or --grid is needed: the table to write or to read")
+    if grid:
+        beside = RESULTS / f"{options.grid.stem}_{options.scale}"
+        names = {name: getattr(options, name) or beside.with_suffix(suffix)
+                 for name, suffix in (("csv", ".csv"), ("picture", ".png"), ("table", ".md"))}
+        options = dataclasses.replace(options, **names)
     if options.runs:
         rows = [row for run_dir in options.runs for row in evaluations(run_dir)]
         if grid:

@@ -1,0 +1,56 @@
+"""README and docs/: links lead somewhere, every script has its page, every logged number is explained on it."""
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "benchmark" / "diffs.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted((ROOT / "ablations").glob("*.py"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+TAG = re.compile(r"""["'{ ](?:charts|eval|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
+
+
+def anchors(page):
+    """The fragments that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text()):
+        if not link.startswith("http"):
+            path, _, fragment = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not fragment or fragment in anchors(target), link
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_script_has_its_page_and_the_readme_leads_to_it(script):
+    page = ROOT / "docs" / f"{script.stem}.md"
+    assert f"]({Path('..') / script.relative_to(ROOT)})" in page.read_text()
+    assert f"](docs/{page.name})" in (ROOT / "README.md").read_text()
+
+
+def logged_tags(script):
+    """Every tag in a script's text; names that are put together are written out here, from the dicts they come from."""
+    text = script.read_text()
+    tags = {tag[1:] for tag in TAG.findall(text)}
+    terms = text[text.index("    terms = {"):]
+    tags |= {f"losses/{name}" for name in re.findall(r'^        "(\w+)": ', terms[:terms.index("    }")], re.MULTILINE)}
+    tags |= {f"losses/{name}" for name in re.findall(r'    losses\["(\w+)"\] = ', text)}
+    return tags - {"losses/"}
+
+
+def test_the_tags_are_found():
+    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval."""
+    assert len(logged_tags(ROOT / "spowl_continuous.py")) == 13 + 3 + 4 + 6 + 3 + 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_logged_number_is_explained(script):
+    """On the script's own page, or on the full agent's, which it refers to."""
+    explained = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in (script.stem, "spowl_continuous"))
+    assert {tag for tag in logged_tags(script) if f"`{tag}`" not in explained} == set()
