@@ -41,7 +41,7 @@ class Options:
     sizes: tuple[Literal["default", "recipe"], ...] = ("recipe", "default")
     """sizes of the networks and the planner; how times grow, and the simulator, are measured with the first"""
     parts: tuple[Literal["ceiling", "update", "plan", "env_step", "cycle", "growth"], ...] = PARTS
-    """what to measure; the ceiling always is"""
+    """what to measure; the ceiling always is, by itself if it is all that is named"""
     cycle_share: float = 0.1
     """how much of a cycle is measured; its row is for a whole one"""
     env_id: str = "SafetyPointGoal1-v0"
@@ -54,6 +54,8 @@ class Options:
     """file for the rows as a table"""
     picture: Path | None = None
     """file for the picture"""
+    redraw: bool = False
+    """measure nothing: make the picture again from the csv"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,12 +351,26 @@ def draw(rows, path):
     figure.savefig(path, dpi=110)
 
 
+def read_rows(path):
+    """The rows of a csv that this program wrote."""
+    try:
+        with open(path, newline="") as file:
+            return [{name: row[name] if name in ("size", "part") else float(row[name]) if row[name] else None
+                     for name in COLUMNS} for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"--csv {path} is not a table that this program wrote: {error}")
+
+
 def main(options):
     if options.repeats < 1 or not 0 < options.cycle_share <= 1:
         raise SystemExit("--repeats must be at least 1, and --cycle-share lie in (0, 1]")
     for path in filter(None, (options.json, options.csv, options.picture)):
         if not path.parent.is_dir():
             raise SystemExit(f"{path}: there is no directory {path.parent}")
+    if options.redraw:
+        if not (options.csv and options.picture):
+            raise SystemExit("--redraw needs --csv and --picture")
+        return draw(read_rows(options.csv), options.picture)
     rows = []
     print(jax.devices()[0], f"{os.cpu_count()} CPU cores", flush=True)
     for row in measure(options):

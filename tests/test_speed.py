@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from conftest import SMALL
 
@@ -91,3 +93,16 @@ def test_flags_that_cannot_be(changes, said):
     """Said before anything is measured."""
     with pytest.raises(SystemExit, match=said):
         speed.main(dataclasses.replace(speed.Options(), **changes))
+
+
+def test_the_committed_picture_comes_from_the_committed_csv(tmp_path):
+    results = Path(speed.__file__).parent / "results"
+    speed.main(speed.Options(csv=results / "speed_two_cores.csv", picture=tmp_path / "p.png", redraw=True))
+    drawn, committed = plt.imread(tmp_path / "p.png"), plt.imread(results / "speed_two_cores.png")
+    assert np.array_equal(drawn, committed)
+
+
+def test_a_csv_of_something_else_is_refused(tmp_path):
+    (tmp_path / "other.csv").write_text("size,part\nrecipe,update\n")
+    with pytest.raises(SystemExit, match="not a table that this program wrote"):
+        speed.main(speed.Options(csv=tmp_path / "other.csv", picture=tmp_path / "p.png", redraw=True))
