@@ -322,9 +322,10 @@ def main(options):
     except OSError as error:
         raise SystemExit(f"--address {options.address}: {error}")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray asks for a decision; ours is JAX_PLATFORMS
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    own = {} if options.address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # hardly used
     try:
-        ray.init(address=options.address or "local", include_dashboard=False if options.address is None else None,
-                 logging_level="warning", log_to_driver=False)
+        ray.init(address=options.address or "local", logging_level="warning", log_to_driver=False, **own)
         signal.signal(signal.SIGTERM, stop)
         check_room(options.cpus, options.gpus)
         given_up = sweep(options, jobs, runs_dir, console)

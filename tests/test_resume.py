@@ -53,7 +53,9 @@ def interrupt_and_resume(place, straight, task, number, delay):
     if not found or not list(found[0].glob("checkpoint_*.npz")):
         assert number == signal.SIGKILL or not found
         return "nothing to resume"
-    if process.returncode == 0:
+    ended = process.returncode == -number and number != signal.SIGKILL  # while Python itself was ending
+    if process.returncode == 0 or ended:
+        same_end(found[0], reference.dir)
         return "was done before"
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number and f"--resume {found[0]}" in stderr
