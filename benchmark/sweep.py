@@ -326,11 +326,14 @@ def main(options):
     own = {} if options.address else {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # hardly used
     try:
         ray.init(address=options.address or "local", logging_level="warning", log_to_driver=False, **own)
-        signal.signal(signal.SIGTERM, stop)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # none there; another version of Ray or Python there
+        raise SystemExit(f"--address {options.address}: {' '.join(str(error).split())}")
+    signal.signal(signal.SIGTERM, stop)
+    try:
         check_room(options.cpus, options.gpus)
         given_up = sweep(options, jobs, runs_dir, console)
-    except ConnectionError as error:
-        raise SystemExit(f"--address {options.address}: {' '.join(str(error).split())}")
+    except ray.exceptions.RayError as error:
+        raise SystemExit(f"Ray has stopped ({' '.join(str(error).split())}); the same command goes on")
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on")
         raise SystemExit(130)

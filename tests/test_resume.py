@@ -98,10 +98,10 @@ def test_killed_after_a_checkpoint_and_resumed(place, straight, task):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("task", FLAGS)
 def test_any_moment(place, straight, task, number):
-    """Ten random moments of a run each."""
+    """Twenty random moments of a run for SIGKILL, ten each for the signals that are heeded."""
     _, seconds = straight(task)
     rng = random.Random(f"{task}{number}")
-    delays = [rng.uniform(0.3, 1.0) * seconds for _ in range(10)]
+    delays = [rng.uniform(0.3, 1.0) * seconds for _ in range(20 if number == signal.SIGKILL else 10)]
     ends = [interrupt_and_resume(place, straight, task, number, delay) for delay in delays]
     print(task, number.name, ends)
-    assert sum(end.startswith("resumed") for end in ends) >= 3
+    assert sum(end.startswith("resumed") for end in ends) >= len(ends) // 3
