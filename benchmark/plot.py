@@ -67,8 +67,9 @@ def evaluations(run_dir):
     """One row per evaluation of a run; standard deviations are over its episodes."""
     try:
         args = json.loads((run_dir / "args.json").read_text())["args"]
-        with open(run_dir / "episodes.csv", newline="") as file:
-            episodes = [row for row in csv.DictReader(file) if row["split"] == "eval"]
+        table = run_dir / "episodes.csv"  # not there before the first episode has ended
+        lines = table.read_text().splitlines() if table.exists() else []
+        episodes = [row for row in csv.DictReader(lines) if row["split"] == "eval"]
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{run_dir} is not a run directory: {error}")
     by_step = defaultdict(list)

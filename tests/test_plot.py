@@ -113,6 +113,12 @@ def test_rows_of_a_run(tmp_path):
     assert plot.read_rows(tmp_path / "rows.csv") == [first, second]
 
 
+def test_a_run_that_has_just_begun_has_no_rows(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "episodes.csv").unlink()
+    assert list(plot.evaluations(run_dir)) == [] and not (run_dir / "episodes.csv").exists()
+
+
 def test_the_same_run_twice_is_refused(tmp_path):
     runs = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     with pytest.raises(SystemExit, match="two runs of full on task with seed 1"):
