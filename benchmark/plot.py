@@ -3,9 +3,9 @@
     python benchmark/plot.py --csv NAME.csv --picture NAME.png runs/*NAME*
     python benchmark/plot.py --grid benchmark/grids/fig6.yaml --scale recipe runs/recipe/Safety*
 
-Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are taken,
-in its order and with its labels, what is missing is called "not run", and all three files are benchmark/results/
-{grid}_{scale}.* unless they are named. A thin line is a seed, the thick one the mean
+Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are
+taken, in its order and with its labels, what is missing is called "not run", and all three files are
+benchmark/results/{grid}_{scale}.* unless they are named. A thin line is a seed, the thick one the mean
 over those seeds that reached the step, the band its 95% bootstrap interval, dotted (from five seeds on) the
 interquartile mean. --paper puts the figures of the paper's Table 1 beside ours."""
 
@@ -242,8 +242,8 @@ def table_beside_paper(rows, grid, step, path):
             lines.append([task if name == "return" else "", HEADINGS[name],
                           *(printed.get((task, metric, algorithm), "—") for algorithm in algorithms), *ours])
     head = ["task", "", *algorithms, *(f"ours: {entry['label']}" for entry in grid.settings.values())]
-    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± standard "
-                                    "deviation over seeds (in brackets how many).\n")
+    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± "
+                                    "standard deviation over seeds (in brackets how many).\n")
 
 
 def main(options):

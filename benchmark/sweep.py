@@ -3,11 +3,11 @@
     python benchmark/sweep.py benchmark/grids/fig6.yaml --scale recipe
     python benchmark/sweep.py benchmark/grids/fig6.yaml --scale paper --address auto --cpus 8 --gpus 0.5
 
-Without an address Ray starts on this machine and ends with the sweep. On a cluster every node needs this repository, its
-packages and --runs-dir under the same paths. A run is known by its task, setting and seed, RUNS_DIR/{env_id}__{setting}__
-{seed}__{time}: what is finished there is not repeated, what is not is resumed from its newest checkpoint, so Ctrl-C (every
-run then writes a checkpoint) and the same command again go on. Where a process fails or its node dies, the run is resumed
-wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has what the processes print; whoever writes it
+Without an address Ray starts on this machine and ends with the sweep. On a cluster every node needs this repository,
+its packages and --runs-dir under the same paths. A run is known by its task, setting and seed, as its directory
+RUNS_DIR/{env_id}__{setting}__{seed}__{time} says: what is finished there is not repeated, what is not is resumed from its
+newest checkpoint, so Ctrl-C (every run then writes a checkpoint) and the same command again go on. Where a process fails
+or its node dies, the run is resumed wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has what the processes print; whoever writes it
 holds its lock, so a run never has two processes, also where a node is only cut off."""
 
 import ctypes
@@ -149,7 +149,7 @@ def where(job, runs_dir):
 # On a node
 # ----------------------------------------------------------------------------------------------------------------------
 def die_with_parent():
-    """In the child: SIGTERM, at which it writes a checkpoint and stops, when the Ray worker that waits for it is gone."""
+    """In the child: SIGTERM, at which it writes a checkpoint and stops, when the Ray worker that waits for it dies."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -220,9 +220,9 @@ def table_of(jobs, states, runs_dir):
                   caption=f"{sum(state == 'finished' for state in states.values())} of {len(states)} finished")
     for job in sorted(jobs, key=lambda job: not states[job.name].startswith("on ")):
         found = sorted(runs_dir.glob(f"{job.name}__*"))
-        step, reward, cost = latest(found[-1]) if found else (0, None, None)
-        table.add_row(job.name, states[job.name], f"{step:,} / {job.steps:,}", "" if reward is None else f"{reward:.1f}",
-                      "" if cost is None else f"{cost:.1f}")
+        step, *evaluation = latest(found[-1]) if found else (0, None, None)
+        table.add_row(job.name, states[job.name], f"{step:,} / {job.steps:,}",
+                      *("" if value is None else f"{value:.1f}" for value in evaluation))
     return table
 
 

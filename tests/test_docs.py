@@ -45,7 +45,7 @@ def logged_tags(script):
 
 
 def test_the_tags_are_found():
-    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval."""
+    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval"""
     assert len(logged_tags(ROOT / "spowl_continuous.py")) == 13 + 3 + 4 + 6 + 3 + 3
 
 

@@ -1,4 +1,4 @@
-"""The installation: both requirements.txt, the header that `uv run` reads, what is installed, and the simulator's import."""
+"""The installation: both requirements.txt, the header that `uv run` reads, what is there, the simulator's import."""
 import ast
 import json
 import os

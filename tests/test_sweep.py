@@ -53,8 +53,8 @@ def test_the_same_run_has_the_same_flags_in_every_grid(tmp_path):
 
 
 def test_recipe_scale_is_the_readme_recipe():
-    line = re.search(r"spowl_continuous\.py (--env-id SafetyPointGoal1-v0 --enc-dim .*)\n", (ROOT / "README.md").read_text())
-    words = line[1].split()
+    readme = (ROOT / "README.md").read_text()
+    words = re.search(r"spowl_continuous\.py (--env-id SafetyPointGoal1-v0 --enc-dim .*)\n", readme)[1].split()
     recipe = dict(zip(words[::2], words[1::2]))
     for path in GRIDS:
         flags = {f"--{name}": str(value) for name, value in read_grid(path, "recipe").flags.items()}
@@ -383,8 +383,8 @@ def test_a_node_of_two_dies(tmp_path, cluster, whole):
 @pytest.mark.long
 def test_real_runs_on_a_cluster_that_loses_a_node(tmp_path, place, cluster, monkeypatch):
     """The agent itself: two seeds, the node of one killed after its first checkpoint. They end as they do alone."""
-    flags = [*TINY, "--total-timesteps", "4000", "--action-repeat", "25", "--buffer-size", "200", "--eval-every", "1000",
-             "--eval-episodes", "2", "--exp-name", "real"]
+    flags = [*TINY, "--total-timesteps", "4000", "--action-repeat", "25", "--buffer-size", "200",
+             "--eval-every", "1000", "--eval-episodes", "2", "--exp-name", "real"]
     alone = [train(place, *flags, "--seed", seed).dir for seed in (1, 2)]
     yaml_flags = ", ".join(f"{name[2:]}: {value}" for name, value in zip(flags[:-2:2], flags[1:-2:2]))
     grid = grid_file(tmp_path, f"title: t\ntasks: [SafetyPointGoal1-v0]\nscales:\n  tiny: {{seeds: [1, 2], flags: "
