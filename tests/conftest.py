@@ -35,6 +35,12 @@ def forget_compiled():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Where the tests' runs go. What one of them compiles is kept for the next."""
+    return tmp_path_factory.mktemp("runs")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
 

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_args
-from test_train import (HEED_SIGNALS, POINT, SCRIPT, TINY, checkpoint, environment, place, rows_of,  # noqa: F401
-                        start)
+from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, checkpoint, environment, rows_of, start
 
 import spowl_continuous as spowl
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import small_args
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import SCRIPT, command, one_line, place  # noqa: F401
+from test_train import SCRIPT, command, one_line
 
 import spowl_continuous as spowl
 from spowl_continuous import parse_args

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from test_train import POINT, TINY, checkpoint, place, run, start, start_and_evaluate, train  # noqa: F401
+from test_train import POINT, TINY, checkpoint, run, start, start_and_evaluate, train
 
 ANT = TINY + ("--env-id SafetyAntGoal1-v0 --total-timesteps 2000 --buffer-size 400 --eval-every 500 --eval-episodes 1"
               ).split()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import HEED_SIGNALS, ROOT, TINY, environment, place, train  # noqa: F401
+from test_train import HEED_SIGNALS, ROOT, TINY, environment, train
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 

@@ -37,12 +37,6 @@ planner/cost_threshold planner/num_improving planner/no_improvement time/env tim
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 # ----------------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """Where the runs of this file go. What one of them compiles is kept for the next."""
-    return tmp_path_factory.mktemp("runs")
-
-
 def environment(place):
     """Variables for a run: on the CPU, with what is compiled kept on disk."""
     return os.environ | {

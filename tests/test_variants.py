@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from test_losses import ALIVE, B, H, dropout_masks, make_batch
 from test_losses import ARGS as LOSS_ARGS
 from test_planner import np_scores
-from test_train import (POINT, ROOT, SUMMARY, TAGS, checkpoint, command, one_line, place, rows_of, run,  # noqa: F401
-                        scalars, train)
+from test_train import POINT, ROOT, SUMMARY, TAGS, checkpoint, command, one_line, rows_of, run, scalars, train
 
 import spowl_continuous as full
 import spowl_fixed_threshold as fixed
