@@ -2,7 +2,7 @@
 plot.py, which draws them.
 
     title: text above the picture
-    panels: [return, cost, cost_rate, balance]                          # left out: all four
+    panels: [return, cost, cost_rate, balance]                          # left out: these four
     tasks: [SafetyPointGoal1-v0]
     scales:
       recipe: {seeds: [1, 2, 3], flags: {total-timesteps: 100000}}      # its own tasks, if they differ
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
-PANELS = ("return", "cost", "cost_rate", "balance")
+PANELS = ("return", "cost", "cost_rate", "balance", "no_improvement")
 
 
 class Grid(NamedTuple):
@@ -64,7 +64,7 @@ def read_grid(path, scale):
         raise SystemExit(f"{path} is not a grid: {' '.join(str(error).split())}")
     check_mapping(path, grid, ("title", "tasks", "scales", "settings"), ("panels",))
     check_list(f"{path}: tasks", grid["tasks"], str)
-    check_list(f"{path}: panels", grid.setdefault("panels", list(PANELS)), str, PANELS)
+    check_list(f"{path}: panels", grid.setdefault("panels", list(PANELS[:4])), str, PANELS)
     scales, settings = grid["scales"], grid["settings"]
     for where, entries in (("scales", scales), ("settings", settings)):
         require(isinstance(entries, dict) and entries and all(isinstance(name, str) for name in entries),

@@ -12,6 +12,7 @@ interquartile mean. --paper puts the figures of the paper's Table 1 beside ours.
 import csv
 import dataclasses
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +27,9 @@ from tensorboard.util.tensor_util import make_ndarray
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_std", "cost", "cost_std", "cost_rate",
-           "balance")
+           "balance", "no_improvement")
 TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
-          "balance": "balance (share of plans executed)"}
+          "balance": "balance (share of plans executed)", "no_improvement": "steps with too few feasible plans"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,14 @@ def evaluations(run_dir):
     by_step = defaultdict(list)
     for row in episodes:
         by_step[int(row["step"])].append((float(row["return"]), float(row["cost"])))
-    balance, cost_rate = scalar_by_step(run_dir, "eval/balance"), scalar_by_step(run_dir, "charts/cost_rate")
+    balance, cost_rate, no_improvement = (
+        scalar_by_step(run_dir, tag) for tag in ("eval/balance", "charts/cost_rate", "planner/no_improvement"))
     for step, values in sorted(by_step.items()):
         returns, costs = np.array(values).T
         yield {"exp_name": args["exp_name"], "env_id": args["env_id"], "seed": args["seed"], "step": step,
                "episodes": len(values), "return": returns.mean(), "return_std": returns.std(), "cost": costs.mean(),
-               "cost_std": costs.std(), "cost_rate": cost_rate[step], "balance": balance[step]}
+               "cost_std": costs.std(), "cost_rate": cost_rate[step], "balance": balance[step],
+               "no_improvement": no_improvement.get(step, math.nan)}  # policy-only has none
 
 
 def write_rows(path, rows):
@@ -99,14 +102,14 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """The csv's rows, numbers as numbers."""
+    """The csv's rows, numbers as numbers; nan in the last column where it was not written yet."""
     try:
         with open(path, newline="") as file:
             kinds = {"exp_name": str, "env_id": str, "seed": int, "step": int, "episodes": int}
             reader = csv.DictReader(file)
-            if set(COLUMNS) - set(reader.fieldnames or ()):
+            if set(COLUMNS[:-1]) - set(reader.fieldnames or ()):
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-            return [{name: kinds.get(name, float)(row[name]) for name in COLUMNS} for row in reader]
+            return [{name: kinds.get(name, float)(row.get(name, "nan")) for name in COLUMNS} for row in reader]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise SystemExit(f"--csv {path} is not a table that this program wrote: {error}")
 
@@ -114,7 +117,7 @@ def read_rows(path):
 def grid_of(rows):
     """The rows themselves as a grid: every name a setting, every task."""
     names, tasks = (tuple(dict.fromkeys(row[name] for row in rows)) for name in ("exp_name", "env_id"))
-    return Grid("", PANELS, tasks, tuple(sorted({row["seed"] for row in rows})), {},
+    return Grid("", PANELS[:4], tasks, tuple(sorted({row["seed"] for row in rows})), {},
                 {name: {"label": name} for name in names})
 
 
@@ -122,10 +125,10 @@ def grid_of(rows):
 # Over seeds
 # ----------------------------------------------------------------------------------------------------------------------
 def by_seed(rows, task, setting, name):
-    """{seed: {step: value}} of one column."""
+    """{seed: {step: value}} of one column, where there is a value."""
     found = defaultdict(dict)
     for row in rows:
-        if row["env_id"] == task and row["exp_name"] == setting:
+        if row["env_id"] == task and row["exp_name"] == setting and not math.isnan(row[name]):
             found[row["seed"]][row["step"]] = row[name]
     return dict(sorted(found.items()))
 
@@ -156,7 +159,8 @@ def draw(rows, grid, path, cost_line):
                 draw_setting(axis, by_seed(rows, task, setting, name), f"C{color}", entry["label"])
             if name == "cost" and cost_line > 0:
                 axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
-            axis.set_ylim(min(0, axis.get_ylim()[0]) if name == "return" else 0, 1.03 if name == "balance" else None)
+            is_share = name in ("balance", "no_improvement")
+            axis.set_ylim(min(0, axis.get_ylim()[0]) if name == "return" else 0, 1.03 if is_share else None)
             axis.set(title=TITLES[name] if task == grid.tasks[0] else "")
             axis.set(xlabel="simulator steps" if task == grid.tasks[-1] else "")
             axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1000:g}k")
@@ -188,9 +192,11 @@ def draw_setting(axis, seeds, color, label):
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 # ----------------------------------------------------------------------------------------------------------------------
-FORMATS = {"return": "{:.1f}", "cost": "{:.1f}", "cost_rate": "{:.0f}", "balance": "{:.0f}%"}
-FACTORS = {"return": 1, "cost": 1, "cost_rate": 1e4, "balance": 100}
-HEADINGS = {"return": "return", "cost": "cost", "cost_rate": "cost rate ×10⁴", "balance": "balance"}
+FORMATS = {"return": "{:.1f}", "cost": "{:.1f}", "cost_rate": "{:.0f}", "balance": "{:.0f}%",
+           "no_improvement": "{:.0f}%"}
+FACTORS = {"return": 1, "cost": 1, "cost_rate": 1e4, "balance": 100, "no_improvement": 100}
+HEADINGS = {"return": "return", "cost": "cost", "cost_rate": "cost rate ×10⁴", "balance": "balance",
+            "no_improvement": "too few feasible plans"}
 
 
 def last_values(rows, task, setting, name, step):
@@ -216,10 +222,10 @@ def table_of_settings(rows, grid, step):
     lines = []
     for task in grid.tasks:
         for setting, entry in grid.settings.items():
-            values = {name: last_values(rows, task, setting, name, step) for name in PANELS}
-            lines.append([task] * (len(grid.tasks) > 1) + [entry["label"], str(len(values["return"])),
-                                                           *(cell(values[name], name) for name in PANELS)])
-    head = ["task"] * (len(grid.tasks) > 1) + ["setting", "seeds", *HEADINGS.values()]
+            values = {name: last_values(rows, task, setting, name, step) for name in grid.panels}
+            lines.append([task] * (len(grid.tasks) > 1) + [entry["label"], str(len(values[grid.panels[0]])),
+                                                           *(cell(values[name], name) for name in grid.panels)])
+    head = ["task"] * (len(grid.tasks) > 1) + ["setting", "seeds", *(HEADINGS[name] for name in grid.panels)]
     return markdown(head, lines) + f"\nAt {step:,} steps; mean ± standard deviation over seeds.\n"
 
 

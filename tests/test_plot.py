@@ -21,13 +21,14 @@ PAPER = ROOT / "benchmark" / "paper_table1.csv"
 
 def row(exp_name, seed, step, reward, cost, rate=0.05, balance=0.6, env_id="SafetyPointGoal1-v0"):
     return {"exp_name": exp_name, "env_id": env_id, "seed": seed, "step": step, "episodes": 10, "return": reward,
-            "return_std": 0.0, "cost": cost, "cost_std": 0.0, "cost_rate": rate, "balance": balance}
+            "return_std": 0.0, "cost": cost, "cost_std": 0.0, "cost_rate": rate, "balance": balance,
+            "no_improvement": 0.25}
 
 
 ROWS = [row("full", 1, 50, 10.0, 60.0), row("full", 1, 100, 20.0, 40.0, 0.04, 0.5),
         row("full", 2, 50, 14.0, 50.0), row("full", 2, 100, 23.0, 50.0, 0.05, 0.7),
         row("full", 3, 50, 99.0, 99.0), row("other", 1, 100, -0.04, 0.0, 0.0133, 1.0)]
-GRID = Grid("a title", ("return", "cost"), ("SafetyPointGoal1-v0",), (1, 2, 3), {"total-timesteps": 100},
+GRID = Grid("a title", ("return", "cost", "cost_rate", "balance"), ("SafetyPointGoal1-v0",), (1, 2, 3), {"total-timesteps": 100},
             {"full": {"label": "full agent"}, "absent": {"label": "nobody ran it"}, "other": {"label": "other"}})
 
 
@@ -100,6 +101,7 @@ def make_run(path, seed=1):
     for step, balance, rate in ((100, 0.9, 0.5), (100, 0.25, 0.125), (200, 0.75, 0.0625)):
         writer.add_scalar("eval/balance", balance, step)
         writer.add_scalar("charts/cost_rate", rate, step)
+        writer.add_scalar("planner/no_improvement", 2 * balance, step)
     writer.close()
     return path
 
@@ -107,10 +109,25 @@ def make_run(path, seed=1):
 def test_rows_of_a_run(tmp_path):
     first, second = plot.evaluations(make_run(tmp_path / "run"))
     assert first == {"exp_name": "full", "env_id": "task", "seed": 1, "step": 100, "episodes": 2, "return": 4.0,
-                     "return_std": 1.0, "cost": 20.0, "cost_std": 10.0, "cost_rate": 0.125, "balance": 0.25}
+                     "return_std": 1.0, "cost": 20.0, "cost_std": 10.0, "cost_rate": 0.125, "balance": 0.25,
+                     "no_improvement": 0.5}
     assert (second["step"], second["episodes"], second["return"], second["balance"]) == (200, 1, 8.0, 0.75)
     plot.write_rows(tmp_path / "rows.csv", [first, second])
     assert plot.read_rows(tmp_path / "rows.csv") == [first, second]
+
+
+def test_what_a_script_does_not_log_and_older_tables_lack_is_not_a_number(tmp_path):
+    """policy-only has no planner; the column came later than the first tables."""
+    rows = list(plot.evaluations(make_run(tmp_path / "run")))
+    for line in rows:
+        line["no_improvement"] = float("nan")
+    plot.write_rows(tmp_path / "rows.csv", rows)
+    text = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "older.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in text.splitlines()))
+    for path in (tmp_path / "rows.csv", tmp_path / "older.csv"):
+        read = plot.read_rows(path)
+        assert len(read) == 2 and all(np.isnan(line.pop("no_improvement")) for line in read)
+        assert read == [{name: line[name] for name in line if name != "no_improvement"} for line in rows]
 
 
 def test_a_run_that_has_just_begun_has_no_rows(tmp_path):
