@@ -45,7 +45,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
 
 
+LONGEST = ("test_resume.py", "test_train.py", "test_faults.py", "test_variants.py", "test_sweep.py", "test_flags.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that two processes end at about the same time
     if not config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]

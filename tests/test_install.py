@@ -1,5 +1,6 @@
 """The installation: both requirements.txt, the header that `uv run` reads, what is there, the simulator's import."""
 import ast
+import functools
 import json
 import os
 import re
@@ -60,9 +61,15 @@ def imported_packages(path):
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - local
 
 
+@functools.cache
+def installed_modules():
+    """Import name -> distributions; reading it takes a second."""
+    return metadata.packages_distributions()
+
+
 def distribution(module):
     """import name -> canonical distribution name, e.g. yaml -> pyyaml."""
-    found = metadata.packages_distributions().get(module, [module])
+    found = installed_modules().get(module, [module])
     return canonicalize_name(DISTRIBUTIONS.get(module, found[0]))
 
 
