@@ -164,8 +164,9 @@ def environment(cpus, gpus):
     return variables
 
 
-def attempt(job, root, runs_dir, cpus, gpus):
-    """Start or resume a job here and wait for its process. Yields the node's name, then what went wrong or ""."""
+def attempt(job, root, runs_dir, cpus, gpus, stop):
+    """Start or resume a job here and wait for its process, which is told to stop as soon as the file `stop` is there.
+    Yields the node's name, then what went wrong or ""."""
     node = f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:6]}"
     (runs_dir / "sweep").mkdir(parents=True, exist_ok=True)
     with open(runs_dir / "sweep" / f"{job.name}.log", "ab") as log:
@@ -177,7 +178,7 @@ def attempt(job, root, runs_dir, cpus, gpus):
                 time.sleep(0.5)
         yield node
         step, run_dir = where(job, runs_dir)
-        if step >= job.steps:
+        if step >= job.steps or stop.exists():
             yield ""
             return
         command = [sys.executable, job.script, *job.flags, *(["--resume", str(run_dir)] if run_dir else [])]
@@ -185,13 +186,11 @@ def attempt(job, root, runs_dir, cpus, gpus):
         log.flush()
         process = subprocess.Popen(command, cwd=root, env=environment(cpus, gpus), stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=log, preexec_fn=die_with_parent)
-        try:
-            while process.poll() is None:
-                time.sleep(0.5)
-        except BaseException:  # cancelled: a checkpoint is written
-            process.terminate()
-            process.wait()
-            raise
+        while process.poll() is None and not stop.exists():
+            time.sleep(0.5)
+        if stop.exists():
+            process.terminate()  # it writes a checkpoint
+        process.wait()
         with open(log.name, "rb") as written:
             last = written.read().decode(errors="replace").strip().splitlines()[-1].split("\r")[-1].strip()
         yield f"exit status {process.returncode}: {last}" if process.returncode else ""
@@ -237,7 +236,8 @@ def check_room(cpus, gpus):
 def sweep(options, jobs, runs_dir, console):
     """Run the jobs -> those given up, with the reason. KeyboardInterrupt once every run has stopped."""
     remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0)(attempt)
-    submit = lambda job: remote.options(name=job.name).remote(job, ROOT, runs_dir, options.cpus, options.gpus)
+    stop = runs_dir / "sweep" / f"stop {socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    submit = lambda job: remote.options(name=job.name).remote(job, ROOT, runs_dir, options.cpus, options.gpus, stop)
     states = {job.name: "finished" if where(job, runs_dir)[0] >= job.steps else "waiting" for job in jobs}
     running = {submit(job): job for job in jobs if states[job.name] == "waiting"}
     reached, vain, given_up = {job.name: where(job, runs_dir)[0] for job in jobs}, dict.fromkeys(states, 0), {}
@@ -283,18 +283,21 @@ def sweep(options, jobs, runs_dir, console):
                     live.update(table_of(unfinished, states, runs_dir), refresh=True)
         except KeyboardInterrupt:
             console.print(f"stopping {len(running)} runs, each writes a checkpoint; Ctrl-C once more does not wait")
-            for generator in running:
-                ray.cancel(generator)
-            for generator in running:
-                with suppress(ray.exceptions.RayError, StopIteration):
-                    while True:
-                        ray.get(next(generator))
+            stop.parent.mkdir(parents=True, exist_ok=True)
+            stop.touch()  # ray.cancel would not reach a task that waits for its process
+            try:
+                for generator in running:
+                    with suppress(ray.exceptions.RayError, StopIteration):
+                        while True:
+                            ray.get(next(generator))
+            finally:
+                stop.unlink()
             raise
     console.print(table_of(jobs, states, runs_dir))
     return given_up
 
 
-def stop(*_):
+def interrupt(*_):
     """A handler of SIGTERM that does what Ctrl-C does."""
     raise KeyboardInterrupt
 
@@ -328,7 +331,7 @@ def main(options):
         ray.init(address=options.address or "local", logging_level="warning", log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:  # none there; another version of Ray or Python there
         raise SystemExit(f"--address {options.address}: {' '.join(str(error).split())}")
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         check_room(options.cpus, options.gpus)
         given_up = sweep(options, jobs, runs_dir, console)
