@@ -7,8 +7,8 @@ Without an address Ray starts on this machine and ends with the sweep. On a clus
 its packages and --runs-dir under the same paths. A run is known by its task, setting and seed, as its directory
 RUNS_DIR/{env_id}__{setting}__{seed}__{time} says: what is finished there is not repeated, what is not is resumed from its
 newest checkpoint, so Ctrl-C (every run then writes a checkpoint) and the same command again go on. Where a process fails
-or its node dies, the run is resumed wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has what the processes print; whoever writes it
-holds its lock, so a run never has two processes, also where a node is only cut off."""
+or its node dies, the run is resumed wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has what the
+processes print; whoever writes it holds its lock, so a run never has two processes, also where a node is only cut off."""
 
 import ctypes
 import dataclasses
@@ -81,10 +81,10 @@ def words(flags):
 
 
 def load_script(script):
-    """A script of this repository as a module."""
+    """A script of this repository as a module, under a name that does not replace one imported elsewhere."""
     if not (ROOT / script).is_file():
         raise SystemExit(f"script {script} does not exist in {ROOT}")
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    spec = importlib.util.spec_from_file_location(f"script {script}", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -175,6 +175,8 @@ def attempt(job, root, runs_dir, cpus, gpus, stop):
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if stop.exists():
+                    return
                 time.sleep(0.5)
         yield node
         step, run_dir = where(job, runs_dir)
@@ -188,7 +190,7 @@ def attempt(job, root, runs_dir, cpus, gpus, stop):
                                    stderr=log, preexec_fn=die_with_parent)
         while process.poll() is None and not stop.exists():
             time.sleep(0.5)
-        if stop.exists():
+        if process.poll() is None:
             process.terminate()  # it writes a checkpoint
         process.wait()
         with open(log.name, "rb") as written:
@@ -238,9 +240,10 @@ def sweep(options, jobs, runs_dir, console):
     remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0)(attempt)
     stop = runs_dir / "sweep" / f"stop {socket.gethostname()} {os.getpid()} {time.time_ns()}"
     submit = lambda job: remote.options(name=job.name).remote(job, ROOT, runs_dir, options.cpus, options.gpus, stop)
-    states = {job.name: "finished" if where(job, runs_dir)[0] >= job.steps else "waiting" for job in jobs}
+    reached = {job.name: where(job, runs_dir)[0] for job in jobs}
+    states = {job.name: "finished" if reached[job.name] >= job.steps else "waiting" for job in jobs}
     running = {submit(job): job for job in jobs if states[job.name] == "waiting"}
-    reached, vain, given_up = {job.name: where(job, runs_dir)[0] for job in jobs}, dict.fromkeys(states, 0), {}
+    vain, given_up = dict.fromkeys(states, 0), {}
 
     def heed(generator):
         """One report of a job: it began somewhere, ended, failed, or its node died."""

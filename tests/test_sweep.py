@@ -18,6 +18,7 @@ from test_train import HEED_SIGNALS, ROOT, TINY, environment, train
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import spowl_continuous as spowl
 import sweep
 from grid import read_grid
 
@@ -50,6 +51,12 @@ def test_the_same_run_has_the_same_flags_in_every_grid(tmp_path):
         for path in GRIDS:
             for job in sweep.jobs_of(read_grid(path, scale), tmp_path):
                 assert flags.setdefault(job.name, job) == job
+
+
+def test_scripts_are_read_beside_modules_of_the_same_name():
+    """A process that has imported a script keeps it: what is pickled by name is found again."""
+    assert sweep.load_script("spowl_continuous.py").Args is not spowl.Args
+    assert sys.modules["spowl_continuous"] is spowl
 
 
 def test_recipe_scale_is_the_readme_recipe():
