@@ -71,12 +71,12 @@ def read_grid(path, scale):
                 f"{path}: {where} must be a mapping with names, found {entries!r}")
     for name, entry in scales.items():
         check_mapping(f"{path}: scale {name}", entry, ("seeds",), ("flags", "tasks"))
-        check_mapping(f"{path}: scale {name}: flags", entry.setdefault("flags", {}), (), entry["flags"])
+        require(isinstance(entry.setdefault("flags", {}), dict), f"{path}: scale {name}: flags must be a mapping")
         check_list(f"{path}: scale {name}: seeds", entry["seeds"], int)
         check_list(f"{path}: scale {name}: tasks", entry.setdefault("tasks", grid["tasks"]), str)
     for name, entry in settings.items():
         check_mapping(f"{path}: setting {name}", entry, ("label", "script"), ("flags", "scales"))
-        check_mapping(f"{path}: setting {name}: flags", entry.setdefault("flags", {}), (), entry["flags"])
+        require(isinstance(entry.setdefault("flags", {}), dict), f"{path}: setting {name}: flags must be a mapping")
         check_list(f"{path}: setting {name}: scales", entry.setdefault("scales", list(scales)), str, list(scales))
     require(scale in scales, f"--scale {scale}: {path} has {', '.join(scales)}")
     chosen = scales[scale]

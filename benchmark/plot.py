@@ -55,17 +55,17 @@ class Options:
 # ----------------------------------------------------------------------------------------------------------------------
 # From run directories to rows
 # ----------------------------------------------------------------------------------------------------------------------
-def scalar_by_step(run_dir, tag):
-    """{step: value} of one TensorBoard tag; what a resumed run played again counts once."""
+def scalars_by_step(run_dir, *tags):
+    """{step: value} for each TensorBoard tag; what a resumed run played again counts once."""
     events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
     events.Reload()
-    if tag not in events.Tags()["tensors"]:
-        return {}
-    return {event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
+    logged = events.Tags()["tensors"]
+    return [{event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
+            if tag in logged else {} for tag in tags]
 
 
-def evaluations(run_dir):
-    """One row per evaluation of a run; standard deviations are over its episodes."""
+def evaluations(run_dir, grid=None):
+    """One row per evaluation of a run, none if it is not of the grid; standard deviations are over its episodes."""
     try:
         args = json.loads((run_dir / "args.json").read_text())["args"]
         table = run_dir / "episodes.csv"  # not there before the first episode has ended
@@ -73,11 +73,13 @@ def evaluations(run_dir):
         episodes = [row for row in csv.DictReader(lines) if row["split"] == "eval"]
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{run_dir} is not a run directory: {error}")
+    if grid and not (args["exp_name"] in grid.settings and args["env_id"] in grid.tasks and args["seed"] in grid.seeds):
+        return
     by_step = defaultdict(list)
     for row in episodes:
         by_step[int(row["step"])].append((float(row["return"]), float(row["cost"])))
-    balance, cost_rate, no_improvement = (
-        scalar_by_step(run_dir, tag) for tag in ("eval/balance", "charts/cost_rate", "planner/no_improvement"))
+    balance, cost_rate, no_improvement = scalars_by_step(
+        run_dir, "eval/balance", "charts/cost_rate", "planner/no_improvement")
     for step, values in sorted(by_step.items()):
         returns, costs = np.array(values).T
         yield {"exp_name": args["exp_name"], "env_id": args["env_id"], "seed": args["seed"], "step": step,
@@ -208,7 +210,7 @@ def cell(values, name):
     """Mean ± standard deviation over seeds, in the table's unit, or "not run"."""
     if not len(values):
         return "not run"
-    show = lambda value: FORMATS[name].format(FACTORS[name] * value + 0.0)
+    show = lambda value: FORMATS[name].format(FACTORS[name] * value)
     return f"{show(values.mean())} ± {show(values.std())}" if len(values) > 1 else show(values[0])
 
 
@@ -263,12 +265,10 @@ def main(options):
                  for name, suffix in (("csv", ".csv"), ("picture", ".png"), ("table", ".md"))}
         options = dataclasses.replace(options, **names)
     if options.runs:
-        rows = [row for run_dir in options.runs for row in evaluations(run_dir)]
+        rows = [row for run_dir in options.runs for row in evaluations(run_dir, grid)]
         if grid:
-            names = {setting: order for order, setting in enumerate(grid.settings)}
-            rows = [row for row in rows if row["exp_name"] in names and row["env_id"] in grid.tasks
-                    and row["seed"] in grid.seeds]
-            rows.sort(key=lambda row: (row["env_id"], names[row["exp_name"]], row["seed"], row["step"]))
+            order = list(grid.settings)
+            rows.sort(key=lambda row: (row["env_id"], order.index(row["exp_name"]), row["seed"], row["step"]))
         write_rows(options.csv, rows)
     rows = read_rows(options.csv)
     grid = grid or grid_of(rows)
