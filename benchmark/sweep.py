@@ -5,10 +5,11 @@
 
 Without an address Ray starts on this machine and ends with the sweep. On a cluster every node needs this repository,
 its packages and --runs-dir under the same paths. A run is known by its task, setting and seed, as its directory
-RUNS_DIR/{env_id}__{setting}__{seed}__{time} says: what is finished there is not repeated, what is not is resumed from its
-newest checkpoint, so Ctrl-C (every run then writes a checkpoint) and the same command again go on. Where a process fails
-or its node dies, the run is resumed wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has what the
-processes print; whoever writes it holds its lock, so a run never has two processes, also where a node is only cut off."""
+RUNS_DIR/{env_id}__{setting}__{seed}__{time} says: what is finished there is not repeated, what is not is resumed from
+its newest checkpoint, so Ctrl-C (every run then writes a checkpoint) and the same command again go on. Where a process
+fails or its node dies, the run is resumed wherever there is room. RUNS_DIR/sweep/{env_id}__{setting}__{seed}.log has
+what the processes print; whoever writes it holds its lock, so a run never has two processes, also where a node is only
+cut off."""
 
 import ctypes
 import dataclasses

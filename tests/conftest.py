@@ -49,7 +49,7 @@ LONGEST = ("test_resume.py", "test_train.py", "test_faults.py", "test_variants.p
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that two processes end at about the same time
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that both processes end together
     if not config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]

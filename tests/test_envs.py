@@ -290,7 +290,8 @@ def test_episodes_that_do_not_repeat_are_cut_on_resume(scripted_envs, capfd, shi
     buffer, resumed = spowl.resume_envs(envs, buffer, saved)
     cut = shift > 0
     assert np.asarray(buffer.rows.done[1]).tolist() == [float(cut), 1.0]
-    assert resumed.episodes.tolist() == [int(cut), 1] and [len(taken) for taken in resumed.actions] == [2 * (not cut), 0]
+    assert resumed.episodes.tolist() == [int(cut), 1]
+    assert [len(taken) for taken in resumed.actions] == [2 * (not cut), 0]
     assert ("does not repeat" in capfd.readouterr().err) == cut
     assert (resumed.totals[0, 2] == 0.0) == cut
 

@@ -209,7 +209,8 @@ def test_environment_numbers_are_watched(monkeypatch, field, value):
     step = spowl.EnvStep(values["obs"], transition, np.full(3, 5), np.zeros(3, int))
     monkeypatch.setattr(spowl, "step_envs", lambda *_: step)
     monkeypatch.setattr(spowl, "act", lambda *_: (values["action"], None))
-    progress = spowl.Progress(600, 0, 0, 0.0, 0, np.zeros(3, int), np.zeros((3, 3)), [[], [], []], np.zeros((3, 4)), 0.0)
+    first, totals, obs = np.zeros(3, int), np.zeros((3, 3)), np.zeros((3, 4))
+    progress = spowl.Progress(600, 0, 0, 0.0, 0, first, totals, [[], [], []], obs, 0.0)
     with pytest.raises(SystemExit) as stop:
         spowl.collect(args, types.SimpleNamespace(action_dim=2), None, None, None, progress)
     name = {"obs": "observation", "next_obs": "observation"}.get(field, field)

@@ -119,9 +119,9 @@ sizes = st.fixed_dictionaries(dict(
 def test_whatever_is_accepted_runs(drawn):
     """Random small sizes that pass the checks: acting, storing and updating give finite numbers."""
     samples = drawn.pop("more") + drawn["num_pi_trajs"]
-    args = small_args(num_samples=samples, num_elites=min(drawn.pop("elites"), samples), lagrangian_heads=drawn["num_c"],
-                      buffer_size=60, cost_target_agg=drawn.pop("agg"), switch_rule=drawn.pop("rule"),
-                      learning_starts=1000, **drawn)
+    args = small_args(num_samples=samples, num_elites=min(drawn.pop("elites"), samples),
+                      lagrangian_heads=drawn["num_c"], buffer_size=60, cost_target_agg=drawn.pop("agg"),
+                      switch_rule=drawn.pop("rule"), learning_starts=1000, **drawn)
     block = args.num_envs * args.action_repeat
     args = dataclasses.replace(args, train_every=10 * block, eval_every=0)
     assert spowl.problems(args) == []

@@ -28,7 +28,8 @@ def row(exp_name, seed, step, reward, cost, rate=0.05, balance=0.6, env_id="Safe
 ROWS = [row("full", 1, 50, 10.0, 60.0), row("full", 1, 100, 20.0, 40.0, 0.04, 0.5),
         row("full", 2, 50, 14.0, 50.0), row("full", 2, 100, 23.0, 50.0, 0.05, 0.7),
         row("full", 3, 50, 99.0, 99.0), row("other", 1, 100, -0.04, 0.0, 0.0133, 1.0)]
-GRID = Grid("a title", ("return", "cost", "cost_rate", "balance"), ("SafetyPointGoal1-v0",), (1, 2, 3), {"total-timesteps": 100},
+GRID = Grid("a title", ("return", "cost", "cost_rate", "balance"), ("SafetyPointGoal1-v0",), (1, 2, 3),
+            {"total-timesteps": 100},
             {"full": {"label": "full agent"}, "absent": {"label": "nobody ran it"}, "other": {"label": "other"}})
 
 

@@ -322,7 +322,8 @@ def test_failures_are_resumed_and_given_up_without_progress(tmp_path):
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["SIGINT to the group", "SIGTERM"])
 def test_stopped_and_continued(tmp_path, whole_group):
-    """Ctrl-C in a terminal reaches the whole group, SIGTERM the sweep alone. The same command goes on, and then there is nothing left to do."""
+    """Ctrl-C in a terminal reaches the whole group, SIGTERM the sweep alone. The same command goes on, and then there
+    is nothing left to do."""
     grid = stand_in_grid(tmp_path, {"good": "lingers: 0.5"}, seeds=(1, 2, 3), flags="{total-timesteps: 12}")
     process = start(tmp_path, grid, "--cpus", os.cpu_count() / 2)
     while not list((tmp_path / "runs").glob("task__good__2__*/checkpoint_3.npz")):
