@@ -51,9 +51,17 @@ def check_list(where, given, kind, allowed=None):
         require(allowed is None or value in allowed, f"{where} has {value!r}; known are {', '.join(allowed or ())}")
 
 
-def hyphened(flags):
-    """Flags as the command line spells them."""
-    return {str(name).replace("_", "-"): value for name, value in flags.items()}
+NAMED_BY_THE_GRID = ("env-id", "exp-name", "seed", "runs-dir", "resume", "evaluate")
+
+
+def read_flags(where, entry):
+    """The flags of a scale or setting as the command line spells them; SystemExit for those that say which run it is."""
+    given = entry.get("flags", {})
+    require(isinstance(given, dict), f"{where}: flags must be a mapping, found {given!r}")
+    flags = {str(name).replace("_", "-"): value for name, value in given.items()}
+    for name in NAMED_BY_THE_GRID:
+        require(name not in flags, f"{where}: flags has {name!r}, which follows from tasks, settings and seeds")
+    return flags
 
 
 def read_grid(path, scale):
@@ -71,16 +79,18 @@ def read_grid(path, scale):
                 f"{path}: {where} must be a mapping with names, found {entries!r}")
     for name, entry in scales.items():
         check_mapping(f"{path}: scale {name}", entry, ("seeds",), ("flags", "tasks"))
-        require(isinstance(entry.setdefault("flags", {}), dict), f"{path}: scale {name}: flags must be a mapping")
+        entry["flags"] = read_flags(f"{path}: scale {name}", entry)
         check_list(f"{path}: scale {name}: seeds", entry["seeds"], int)
         check_list(f"{path}: scale {name}: tasks", entry.setdefault("tasks", grid["tasks"]), str)
     for name, entry in settings.items():
         check_mapping(f"{path}: setting {name}", entry, ("label", "script"), ("flags", "scales"))
-        require(isinstance(entry.setdefault("flags", {}), dict), f"{path}: setting {name}: flags must be a mapping")
+        entry["flags"] = read_flags(f"{path}: setting {name}", entry)
+        require(isinstance(entry["script"], str), f"{path}: setting {name}: script must be a path")
         check_list(f"{path}: setting {name}: scales", entry.setdefault("scales", list(scales)), str, list(scales))
     require(scale in scales, f"--scale {scale}: {path} has {', '.join(scales)}")
     chosen = scales[scale]
-    settings = {name: entry | {"flags": hyphened(entry["flags"])} for name, entry in settings.items()
+    settings = {name: entry | {"label": str(entry["label"])} for name, entry in settings.items()
                 if scale in entry["scales"]}
+    require(settings, f"--scale {scale}: no setting of {path} has it")
     return Grid(str(grid["title"]), tuple(grid["panels"]), tuple(chosen["tasks"]), tuple(chosen["seeds"]),
-                hyphened(chosen["flags"]), settings)
+                chosen["flags"], settings)

@@ -84,7 +84,8 @@ def evaluations(run_dir, grid=None):
         returns, costs = np.array(values).T
         yield {"exp_name": args["exp_name"], "env_id": args["env_id"], "seed": args["seed"], "step": step,
                "episodes": len(values), "return": returns.mean(), "return_std": returns.std(), "cost": costs.mean(),
-               "cost_std": costs.std(), "cost_rate": cost_rate[step], "balance": balance[step],
+               "cost_std": costs.std(), "cost_rate": cost_rate.get(step, math.nan),
+               "balance": balance.get(step, math.nan),  # nan: the disk was full
                "no_improvement": no_improvement.get(step, math.nan)}  # policy-only has none
 
 
@@ -220,7 +221,7 @@ def markdown(header, lines):
 
 
 def table_of_settings(rows, grid, step):
-    """A line per task and setting: the last evaluation, mean ± standard deviation over seeds."""
+    """A line per task and setting: the last evaluation, mean ± population standard deviation over seeds."""
     lines = []
     for task in grid.tasks:
         for setting, entry in grid.settings.items():
@@ -228,7 +229,7 @@ def table_of_settings(rows, grid, step):
             lines.append([task] * (len(grid.tasks) > 1) + [entry["label"], str(len(values[grid.panels[0]])),
                                                            *(cell(values[name], name) for name in grid.panels)])
     head = ["task"] * (len(grid.tasks) > 1) + ["setting", "seeds", *(HEADINGS[name] for name in grid.panels)]
-    return markdown(head, lines) + f"\nAt {step:,} steps; mean ± standard deviation over seeds.\n"
+    return markdown(head, lines) + f"\nAt {step:,} steps; mean ± population standard deviation over seeds.\n"
 
 
 def table_beside_paper(rows, grid, step, path):
@@ -250,7 +251,7 @@ def table_beside_paper(rows, grid, step, path):
             lines.append([task if name == "return" else "", HEADINGS[name],
                           *(printed.get((task, metric, algorithm), "—") for algorithm in algorithms), *ours])
     head = ["task", "", *algorithms, *(f"ours: {entry['label']}" for entry in grid.settings.values())]
-    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± "
+    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± population "
                                     "standard deviation over seeds (in brackets how many).\n")
 
 
@@ -266,6 +267,8 @@ def main(options):
         options = dataclasses.replace(options, **names)
     if options.runs:
         rows = [row for run_dir in options.runs for row in evaluations(run_dir, grid)]
+        if not grid and not rows:
+            raise SystemExit("these run directories have no evaluation yet")
         if grid:
             order = list(grid.settings)
             rows.sort(key=lambda row: (row["env_id"], order.index(row["exp_name"]), row["seed"], row["step"]))
@@ -281,4 +284,7 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except OSError as stopped:
+        raise SystemExit(f"{stopped.filename}: {stopped.strerror}")

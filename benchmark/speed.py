@@ -240,11 +240,12 @@ def measure_cycle(args, share):
                                   [[] for _ in episodes], spowl.reset_envs(envs, episodes), 0.0)
         for _ in range(args.horizon):  # enough to sample from; compiles
             actor, buffer, progress, *_ = spowl.collect(args, envs, agent, actor, buffer, progress)
-        updates = round(share * args.train_every / args.action_repeat)
+        steps = max(1, round(share * args.train_every / (args.num_envs * args.action_repeat)))
+        updates = steps * args.num_envs
         agent, metrics = spowl.update_many(args, agent, buffer, updates)
         jax.device_get(metrics)
         acting, began = 0.0, time.perf_counter()
-        for _ in range(updates // args.num_envs):
+        for _ in range(steps):
             actor, buffer, progress, _, seconds = spowl.collect(args, envs, agent, actor, buffer, progress)
             acting += seconds
         collected = time.perf_counter()
@@ -253,7 +254,7 @@ def measure_cycle(args, share):
         parts = acting, collected - began - acting, time.perf_counter() - collected
     finally:
         spowl.close_envs(envs)
-    return [seconds / share for seconds in parts]
+    return [seconds * args.train_every / (steps * args.num_envs * args.action_repeat) for seconds in parts]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

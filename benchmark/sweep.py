@@ -129,16 +129,27 @@ def differences(job, runs_dir, module, args):
     return [f"{run_dir} has {'; '.join(changed)}: move it elsewhere, or take another --runs-dir"] if changed else []
 
 
+def run_dirs(job, runs_dir):
+    """Directories of a job, the newest last; a copy by another name is none."""
+    return sorted(path for path in runs_dir.glob(f"{job.name}__*") if path.name[len(job.name) + 2:].isdigit())
+
+
+def newest_checkpoint(run_dir):
+    """The path of a run's newest checkpoint, or None."""
+    found = {path.stem.split("_")[1]: path for path in run_dir.glob("checkpoint_*.npz")}
+    return max(((int(step), path) for step, path in found.items() if step.isdigit()), default=(0, None))[1]
+
+
 def where(job, runs_dir):
     """(step up to which the newest checkpoint is complete, run directory) of a job; (0, None) before its first.
 
     SystemExit where there are two."""
-    found = sorted(path for path in runs_dir.glob(f"{job.name}__*") if any(path.glob("checkpoint_*.npz")))
+    found = [path for path in run_dirs(job, runs_dir) if newest_checkpoint(path)]
     if len(found) > 1:
         raise SystemExit(f"{found[0]} and {found[1]} are the same run: move one of them elsewhere")
     if not found:
         return 0, None
-    newest = max(found[0].glob("checkpoint_*.npz"), key=lambda path: int(path.stem.split("_")[1]))
+    newest = newest_checkpoint(found[0])
     try:
         with np.load(newest, allow_pickle=False) as file:
             return int(json.loads(str(file["counters"]))["completed"]), found[0]
@@ -167,7 +178,7 @@ def environment(cpus, gpus):
 
 def attempt(job, root, runs_dir, cpus, gpus, stop):
     """Start or resume a job here and wait for its process, which is told to stop as soon as the file `stop` is there.
-    Yields the node's name, then what went wrong or ""."""
+    Yields the node's name, then how the process ended."""
     node = f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:6]}"
     (runs_dir / "sweep").mkdir(parents=True, exist_ok=True)
     with open(runs_dir / "sweep" / f"{job.name}.log", "ab") as log:
@@ -182,7 +193,7 @@ def attempt(job, root, runs_dir, cpus, gpus, stop):
         yield node
         step, run_dir = where(job, runs_dir)
         if step >= job.steps or stop.exists():
-            yield ""
+            yield "nothing to do"
             return
         command = [sys.executable, job.script, *job.flags, *(["--resume", str(run_dir)] if run_dir else [])]
         log.write(f"{time.strftime('%F %T')} {node}: {' '.join(command)}\n".encode())
@@ -195,8 +206,8 @@ def attempt(job, root, runs_dir, cpus, gpus, stop):
             process.terminate()  # it writes a checkpoint
         process.wait()
         with open(log.name, "rb") as written:
-            last = written.read().decode(errors="replace").strip().splitlines()[-1].split("\r")[-1].strip()
-        yield f"exit status {process.returncode}: {last}" if process.returncode else ""
+            last = written.read().decode(errors="replace").strip().splitlines()[-1].strip()
+        yield f"exit status {process.returncode}: {last}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +232,7 @@ def table_of(jobs, states, runs_dir):
     table = Table("run", "state", "steps", "return", "cost", box=None, pad_edge=False, caption_justify="left",
                   caption=f"{sum(state == 'finished' for state in states.values())} of {len(states)} finished")
     for job in sorted(jobs, key=lambda job: not states[job.name].startswith("on ")):
-        found = sorted(runs_dir.glob(f"{job.name}__*"))
+        found = run_dirs(job, runs_dir)
         step, *evaluation = latest(found[-1]) if found else (0, None, None)
         table.add_row(job.name, states[job.name], f"{step:,} / {job.steps:,}",
                       *("" if value is None else f"{value:.1f}" for value in evaluation))
@@ -259,6 +270,7 @@ def sweep(options, jobs, runs_dir, console):
         except StopIteration:
             problem = "it ended without a word"
         except ray.exceptions.RayError as error:
+            error = getattr(error, "cause", None) or error  # what `attempt` itself raised
             problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         del running[generator]
         step, _ = where(job, runs_dir)
@@ -266,7 +278,7 @@ def sweep(options, jobs, runs_dir, console):
             states[job.name] = "finished"
             console.print(f"{job.name}: finished")
             return
-        vain[job.name] = 1 if step > reached[job.name] else vain[job.name] + 1
+        vain[job.name] = 0 if step > reached[job.name] else vain[job.name] + 1
         reached[job.name] = step
         since = f"after its checkpoint of step {step:,}" if step else "before its first checkpoint"
         console.print(f"{job.name}: ended {since}: {problem}", soft_wrap=True)
@@ -315,7 +327,7 @@ def main(options):
     if options.only:
         grid = grid._replace(settings={name: grid.settings[name] for name in options.only})
     runs_dir = (options.runs_dir or ROOT / "runs" / options.scale).resolve()
-    jobs, console = jobs_of(grid, runs_dir), Console(highlight=False)
+    jobs, console = jobs_of(grid, runs_dir), Console(highlight=False, markup=False, emoji=False)
     if options.dry_run:
         for job in jobs:
             step, run_dir = where(job, runs_dir)

@@ -1,6 +1,7 @@
 """benchmark/plot.py: from runs to rows, means and intervals over seeds, tables; the committed pictures and tables."""
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_table_of_settings_by_hand():
     assert lines[2:5] == ["| full agent | 2 | 21.5 ± 1.5 | 45.0 ± 5.0 | 450 ± 50 | 60% ± 10% |",
                           "| nobody ran it | 0 | not run | not run | not run | not run |",
                           "| other | 1 | -0.0 | 0.0 | 133 | 100% |"]
-    assert lines[-1] == "At 100 steps; mean ± standard deviation over seeds."
+    assert lines[-1] == "At 100 steps; mean ± population standard deviation over seeds."
 
 
 def test_table_beside_the_paper():
@@ -135,6 +136,27 @@ def test_a_run_that_has_just_begun_has_no_rows(tmp_path):
     run_dir = make_run(tmp_path / "run")
     (run_dir / "episodes.csv").unlink()
     assert list(plot.evaluations(run_dir)) == [] and not (run_dir / "episodes.csv").exists()
+    (tmp_path / "rows.csv").write_text("earlier results")
+    with pytest.raises(SystemExit, match="no evaluation yet"):
+        plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=(run_dir,)))
+    assert (tmp_path / "rows.csv").read_text() == "earlier results"
+
+
+def test_an_evaluation_whose_events_found_no_room(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    for path in run_dir.glob("events*"):
+        path.write_bytes(b"")
+    rows = list(plot.evaluations(run_dir))
+    assert [line["return"] for line in rows] == [4.0, 8.0]
+    assert all(np.isnan([line["balance"], line["cost_rate"], line["no_improvement"]]).all() for line in rows)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    words = [sys.executable, ROOT / "benchmark" / "plot.py", "--csv", tmp_path / "none" / "rows.csv",
+             make_run(tmp_path / "run")]
+    finished = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.strip() == f"{tmp_path / 'none' / 'rows.csv'}: No such file or directory"
 
 
 def test_the_same_run_twice_is_refused(tmp_path):
@@ -157,7 +179,7 @@ def test_a_grid_chooses_its_runs(tmp_path):
     """Of all that is given: its settings, tasks and seeds, in its order."""
     grid = tmp_path / "grid.yaml"
     grid.write_text("title: t\ntasks: [task]\nscales:\n  recipe: {seeds: [1, 2], flags: {total-timesteps: 200}}\n"
-                    "settings:\n  other: {label: other, script: s}\n  full: {label: full, script: s}\n")
+                    "settings:\n  other: {label: 1, script: s}\n  full: {label: full, script: s}\n")
     runs = tuple(make_run(tmp_path / f"run{seed}", seed) for seed in (3, 2, 1))
     options = plot.Options(csv=tmp_path / "rows.csv", runs=runs, grid=grid, picture=tmp_path / "p.png",
                            table=tmp_path / "t.md")
@@ -165,7 +187,7 @@ def test_a_grid_chooses_its_runs(tmp_path):
     assert [(line["seed"], line["step"]) for line in plot.read_rows(options.csv)] == [(1, 100), (1, 200), (2, 100),
                                                                                      (2, 200)]
     assert "| full | 2 | 8.0 ± 0.0 | 0.0 ± 0.0 | 625 ± 0 | 75% ± 0% |" in options.table.read_text()
-    assert "| other | 0 | not run |" in options.table.read_text()
+    assert "| 1 | 0 | not run |" in options.table.read_text()
     assert plt.imread(options.picture).ndim == 3
 
 

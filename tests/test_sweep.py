@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,9 @@ def test_a_grid_at_two_scales(tmp_path):
     ("scales: [large]", "scales: [huge]", "setting two: scales has 'huge'; known are tiny, large"),
     ("label: second, ", "", "setting two lacks 'label'"),
     ("  two:", "  2:", "settings must be a mapping with names"),
+    ("num-q: 3", "exp_name: mine", "setting one: flags has 'exp-name', which follows from tasks, settings and seeds"),
+    ("{total_timesteps: 10}", "{seed: 7}", "scale tiny: flags has 'seed'"),
+    ("script: spowl_continuous.py", "script: 5", "setting one: script must be a path"),
 ])
 def test_a_grid_with_a_mistake_is_refused_in_one_line(tmp_path, before, after, says):
     assert before in GOOD
@@ -121,6 +125,12 @@ def test_a_grid_with_a_mistake_is_refused_in_one_line(tmp_path, before, after, s
     with pytest.raises(SystemExit) as stop:
         read_grid(path, "tiny")
     assert str(stop.value).startswith(str(path)) and says in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_scale_without_a_setting_is_refused(tmp_path):
+    path = grid_file(tmp_path, GOOD.replace("num-q: 3}}", "num-q: 3}, scales: [large]}"))
+    with pytest.raises(SystemExit, match="--scale tiny: no setting of .* has it"):
+        read_grid(path, "tiny")
 
 
 @pytest.mark.parametrize("before, after, says", [
@@ -139,9 +149,9 @@ def test_what_a_script_would_refuse_is_refused_before_anything_runs(tmp_path, be
     (["--scale", "huge"], "--scale huge: "), (["--only", "three"], "--only three: "), (["--cpus", "0"], "--cpus must"),
     (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1"), (["--cpus", "999"], "no node has that"),
 ])
-def test_bad_options_are_refused_in_one_line(tmp_path, words, says):
+def test_bad_options_are_refused_in_one_line(tmp_path, start, words, says):
     path = grid_file(tmp_path, GOOD)
-    finished = start(tmp_path, path, "--scale", "large", *words).communicate(timeout=300)
+    finished = start(path, "--scale", "large", *words).communicate(timeout=300)
     assert says in finished[1].splitlines()[-1] and "Traceback" not in finished[1]
 
 
@@ -158,6 +168,8 @@ def test_where_a_run_is(tmp_path):
     job = sweep.Job("task__name__1", "script", (), 100)
     (tmp_path / "task__name__1__5").mkdir()
     checkpoint(tmp_path / "task__name__12__5", 70)
+    checkpoint(tmp_path / "task__name__1__5.copy", 80)
+    (tmp_path / "task__name__1__5" / "checkpoint_best.npz").touch()
     assert sweep.where(job, tmp_path) == (0, None)
     checkpoint(tmp_path / "task__name__1__7", 90)
     checkpoint(tmp_path / "task__name__1__7", 100)
@@ -217,7 +229,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-FREE_ON_RESUME = ("runs_dir", "resume", "total_timesteps")
+FREE_ON_RESUME = ("runs_dir", "resume", "total_timesteps", "pause")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -228,7 +240,7 @@ class Args:
     total_timesteps: int = 20
     resume: str | None = None
     pause: float = 0.2
-    fail_at: tuple[int, ...] = ()
+    fail_at: str = ""
     fail_always: bool = False
     lingers: float = 0.0
 
@@ -258,8 +270,8 @@ def main(args):
             journal.write(f"{os.getpid()} {step}\\n")
             np.savez(run_dir / "beside.npz", counters=json.dumps({"completed": step}))
             os.replace(run_dir / "beside.npz", run_dir / f"checkpoint_{step}.npz")
-            if step in args.fail_at:
-                sys.exit(f"planned failure at {step}")
+            if str(step) in args.fail_at.split():
+                sys.exit(f"[planned] failure at [/{step}]")
 
 if __name__ == "__main__":
     main(parse_args())
@@ -274,14 +286,36 @@ def stand_in_grid(tmp_path, settings, seeds=(1,), flags="{}"):
                                f"settings:\n{lines}")
 
 
-def start(tmp_path, grid, *words):
-    """The sweep in the background, in a process group of its own, as in a terminal."""
-    command = [sys.executable, "-c", HEED_SIGNALS, sys.executable, SWEEP, grid, "--runs-dir", tmp_path / "runs",
-               *map(str, words)]
-    if "--scale" not in words:
-        command += ["--scale", "tiny"]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env=os.environ | {"COLUMNS": "300"})
+@pytest.fixture
+def start(tmp_path):
+    """start(grid, *words): the sweep in the background, in a process group of its own, as in a terminal."""
+    started = []
+
+    def background(grid, *words):
+        command = [sys.executable, "-c", HEED_SIGNALS, sys.executable, SWEEP, grid, "--runs-dir", tmp_path / "runs",
+                   *map(str, words)]
+        if "--scale" not in words:
+            command += ["--scale", "tiny"]
+        variables = os.environ | {"COLUMNS": "300", "RAY_USE_MULTIPROCESSING_CPU_COUNT": "1"}  # as os.cpu_count does
+        started.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        start_new_session=True, env=variables))
+        return started[-1]
+
+    yield background
+    for process in started:  # those of a test that failed
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=120)
+
+
+def wait_for(process, runs, pattern, count=1):
+    """Until so many files are there; the sweep must go on meanwhile."""
+    for _ in range(2000):
+        if len(list(runs.glob(pattern))) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise TimeoutError(pattern)
 
 
 def journal(runs, name):
@@ -305,30 +339,39 @@ def check_journal(runs, name, steps, processes):
     assert reached == steps
 
 
-def test_failures_are_resumed_and_given_up_without_progress(tmp_path):
-    """One run fails twice with a checkpoint between, one before its first checkpoint, every time."""
-    grid = stand_in_grid(tmp_path, {"good": "", "fails": "fail-at: 3", "never": "fail-always: true"},
+def test_failures_are_resumed_and_given_up_without_progress(tmp_path, start):
+    """One run fails after its checkpoints, one before its first, every time, which alone is given up: at once."""
+    grid = stand_in_grid(tmp_path, {"good": "", "fails": "fail-at: 3 5", "never": "fail-always: true"},
                          flags="{total-timesteps: 8, pause: 0.05}")
-    stdout, stderr = (process := start(tmp_path, grid, "--attempts", 2)).communicate(timeout=300)
-    assert process.returncode == 1
+    stdout, stderr = (process := start(grid, "--attempts", 1)).communicate(timeout=300)
+    assert process.returncode == 1, stderr
     assert stderr.strip().splitlines()[-1].startswith(
         "task__never__1 was given up: exit status 1: cannot even begin; see ")
-    assert stdout.count("task__never__1: ended before its first checkpoint: exit status 1") == 2
-    assert "task__fails__1: ended after its checkpoint of step 3: exit status 1: planned failure at 3" in stdout
+    for step in (3, 5):
+        assert (f"task__fails__1: ended after its checkpoint of step {step}: exit status 1: [planned] failure at "
+                f"[/{step}]") in stdout
     check_journal(tmp_path / "runs", "task__good__1", 8, processes=1)
-    check_journal(tmp_path / "runs", "task__fails__1", 8, processes=2)
+    check_journal(tmp_path / "runs", "task__fails__1", 8, processes=3)
     assert list((tmp_path / "runs").glob("task__never__1__*")) == []
 
 
+def test_given_up_after_three_attempts_in_vain(tmp_path, start):
+    """Counted anew after a checkpoint. What keeps a process from being started is named."""
+    grid = stand_in_grid(tmp_path, {"never": "fail-always: true", "barred": ""}, flags="{pause: 0.01}")
+    (tmp_path / "runs" / "sweep" / "task__barred__1.log").mkdir(parents=True)
+    stdout, stderr = (process := start(grid)).communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in stderr
+    assert stdout.count("task__never__1: ended before its first checkpoint: exit status 1: cannot even begin") == 3
+    assert stdout.count("task__barred__1: ended before its first checkpoint: IsADirectoryError: ") == 3
+
+
 @pytest.mark.parametrize("whole_group", [True, False], ids=["SIGINT to the group", "SIGTERM"])
-def test_stopped_and_continued(tmp_path, whole_group):
+def test_stopped_and_continued(tmp_path, start, whole_group):
     """Ctrl-C in a terminal reaches the whole group, SIGTERM the sweep alone. The same command goes on, and then there
     is nothing left to do."""
-    grid = stand_in_grid(tmp_path, {"good": "lingers: 0.5"}, seeds=(1, 2, 3), flags="{total-timesteps: 12}")
-    process = start(tmp_path, grid, "--cpus", os.cpu_count() / 2)
-    while not list((tmp_path / "runs").glob("task__good__2__*/checkpoint_3.npz")):
-        time.sleep(0.1)
-        assert process.poll() is None
+    grid = stand_in_grid(tmp_path, {"good": "lingers: 0.5"}, seeds=(1, 2, 3), flags="{total-timesteps: 100}")
+    process = start(grid, "--cpus", os.cpu_count() / 2)
+    wait_for(process, tmp_path / "runs", "task__good__?__*/checkpoint_3.npz", count=2)
     os.killpg(process.pid, signal.SIGINT) if whole_group else process.terminate()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130 and "stopped; the same command goes on" in stdout and "Traceback" not in stderr
@@ -336,15 +379,16 @@ def test_stopped_and_continued(tmp_path, whole_group):
     for seed in (1, 2):
         (run_dir,) = (tmp_path / "runs").glob(f"task__good__{seed}__*")
         assert (run_dir / "journal").read_text().split()[-1] == "stopped"  # it was waited for
-    process = start(tmp_path, grid)
+    grid.write_text(grid.read_text().replace("total-timesteps: 100", "total-timesteps: 100, pause: 0.01"))
+    process = start(grid)
     stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     for seed, processes in ((1, 2), (2, 2), (3, 1)):
-        check_journal(tmp_path / "runs", f"task__good__{seed}", 12, processes)
-    process = start(tmp_path, grid)
+        check_journal(tmp_path / "runs", f"task__good__{seed}", 100, processes)
+    process = start(grid)
     stdout, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and ": on " not in stdout and "3 of 3 finished" in stdout
-    check_journal(tmp_path / "runs", "task__good__1", 12, processes=2)
+    check_journal(tmp_path / "runs", "task__good__1", 100, processes=2)
 
 
 @pytest.fixture
@@ -352,12 +396,16 @@ def cluster():
     """A real Ray cluster of two nodes with one core each, on this machine."""
     from ray.cluster_utils import Cluster
 
-    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    two = Cluster(initialize_head=True, head_node_args=small | {"include_dashboard": False})
-    two.other = two.add_node(**small)
-    two.wait_for_nodes()
-    yield two
-    two.shutdown()
+    handler, small = signal.getsignal(signal.SIGTERM), {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    two = Cluster()
+    try:
+        two.add_node(**small, include_dashboard=False)
+        two.other = two.add_node(**small)
+        two.wait_for_nodes()
+        yield two
+    finally:
+        two.shutdown()
+        signal.signal(signal.SIGTERM, handler)  # Ray has set its own
 
 
 def processes_of(node):
@@ -372,27 +420,26 @@ def processes_of(node):
 
 @pytest.mark.filterwarnings("ignore:os.fork")
 @pytest.mark.parametrize("whole", [True, False], ids=["the machine", "Ray on it"])
-def test_a_node_of_two_dies(tmp_path, cluster, whole):
+def test_a_node_of_two_dies(tmp_path, start, cluster, whole):
     """Every run finishes, none is lost, none has two processes at once: also where the dead node's process lives on for
     three seconds after all of Ray there is gone."""
-    grid = stand_in_grid(tmp_path, {"good": "lingers: 3"}, seeds=(1, 2, 3), flags="{total-timesteps: 20}")
-    process = start(tmp_path, grid, "--address", cluster.address)
-    while len(list((tmp_path / "runs").glob("task__good__*/checkpoint_3.npz"))) < 2:
-        time.sleep(0.1)
-        assert process.poll() is None, process.communicate()
+    grid = stand_in_grid(tmp_path, {"good": "lingers: 3"}, seeds=(1, 2, 3), flags="{total-timesteps: 50}")
+    process = start(grid, "--address", cluster.address)
+    wait_for(process, tmp_path / "runs", "task__good__*/checkpoint_3.npz", count=2)
     for pid, words in processes_of(cluster.other).items():
         if whole or "stand_in.py" not in words:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it went with its parent
+                os.kill(pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stdout, stderr)
     died = re.findall(r"task__good__(\d): ended after its checkpoint of step \d+: (\w+)", stdout)
     assert len(died) == 1 and died[0][1] in ("NodeDiedError", "WorkerCrashedError", "LocalRayletDiedError"), stdout
     for seed in (1, 2, 3):
-        check_journal(tmp_path / "runs", f"task__good__{seed}", 20, processes=2 if str(seed) == died[0][0] else 1)
+        check_journal(tmp_path / "runs", f"task__good__{seed}", 50, processes=2 if str(seed) == died[0][0] else 1)
 
 
 @pytest.mark.long
-def test_real_runs_on_a_cluster_that_loses_a_node(tmp_path, place, cluster, monkeypatch):
+def test_real_runs_on_a_cluster_that_loses_a_node(tmp_path, start, place, cluster, monkeypatch):
     """The agent itself: two seeds, the node of one killed after its first checkpoint. They end as they do alone."""
     flags = [*TINY, "--total-timesteps", "4000", "--action-repeat", "25", "--buffer-size", "200",
              "--eval-every", "1000", "--eval-episodes", "2", "--exp-name", "real"]
@@ -402,12 +449,11 @@ def test_real_runs_on_a_cluster_that_loses_a_node(tmp_path, place, cluster, monk
                                f"{{{yaml_flags}}}}}\nsettings:\n  real: {{label: real, script: spowl_continuous.py}}\n")
     for name, value in environment(place).items():
         monkeypatch.setenv(name, value)
-    process = start(tmp_path, grid, "--address", cluster.address)
-    while len(list((tmp_path / "runs").glob("*__real__*/checkpoint_1000.npz"))) < 2:
-        time.sleep(0.1)
-        assert process.poll() is None, process.communicate()
+    process = start(grid, "--address", cluster.address)
+    wait_for(process, tmp_path / "runs", "*__real__*/checkpoint_1000.npz", count=2)
     for pid in processes_of(cluster.other):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, (stdout, stderr)
     assert len(re.findall(r"__real__\d: ended after its checkpoint of step \d", stdout)) == 1
