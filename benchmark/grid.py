@@ -55,7 +55,7 @@ NAMED_BY_THE_GRID = ("env-id", "exp-name", "seed", "runs-dir", "resume", "evalua
 
 
 def read_flags(where, entry):
-    """The flags of a scale or setting as the command line spells them; SystemExit for those that say which run it is."""
+    """Flags of a scale or setting as the command line spells them; SystemExit for those that say which run it is."""
     given = entry.get("flags", {})
     require(isinstance(given, dict), f"{where}: flags must be a mapping, found {given!r}")
     flags = {str(name).replace("_", "-"): value for name, value in given.items()}

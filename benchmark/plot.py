@@ -251,8 +251,8 @@ def table_beside_paper(rows, grid, step, path):
             lines.append([task if name == "return" else "", HEADINGS[name],
                           *(printed.get((task, metric, algorithm), "—") for algorithm in algorithms), *ours])
     head = ["task", "", *algorithms, *(f"ours: {entry['label']}" for entry in grid.settings.values())]
-    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± population "
-                                    "standard deviation over seeds (in brackets how many).\n")
+    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± "
+                                    "population standard deviation over seeds (in brackets how many).\n")
 
 
 def main(options):
