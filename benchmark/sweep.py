@@ -136,8 +136,9 @@ def run_dirs(job, runs_dir):
 
 def newest_checkpoint(run_dir):
     """The path of a run's newest checkpoint, or None."""
-    found = {path.stem.split("_")[1]: path for path in run_dir.glob("checkpoint_*.npz")}
-    return max(((int(step), path) for step, path in found.items() if step.isdigit()), default=(0, None))[1]
+    step = lambda path: path.stem.split("_")[1]
+    found = [path for path in run_dir.glob("checkpoint_*.npz") if step(path).isdigit()]
+    return max(found, key=lambda path: int(step(path)), default=None)
 
 
 def where(job, runs_dir):

@@ -356,7 +356,7 @@ def test_failures_are_resumed_and_given_up_without_progress(tmp_path, start):
 
 
 def test_given_up_after_three_attempts_in_vain(tmp_path, start):
-    """Counted anew after a checkpoint. What keeps a process from being started is named."""
+    """So many unless --attempts says otherwise. What keeps a process from being started is named."""
     grid = stand_in_grid(tmp_path, {"never": "fail-always: true", "barred": ""}, flags="{pause: 0.01}")
     (tmp_path / "runs" / "sweep" / "task__barred__1.log").mkdir(parents=True)
     stdout, stderr = (process := start(grid)).communicate(timeout=300)
