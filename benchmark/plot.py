@@ -171,6 +171,7 @@ def draw(rows, grid, path, cost_line):
         line[0].set_ylabel(task if len(grid.tasks) > 1 else "")
         line[0].legend(frameon=False, fontsize="small")
     tasks = ", ".join(grid.tasks) if len(grid.tasks) == 1 else ""
+    figure.align_ylabels()
     figure.suptitle(": ".join(text for text in (grid.title, tasks) if text))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
