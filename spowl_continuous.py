@@ -91,6 +91,8 @@ class Args:
     # --- Run
     env_id: str = "SafetyPointGoal1-v0"
     """task of Safety-Gymnasium"""
+    preset: Literal["paper", "laptop"] = "paper"
+    """values of all flags that are not given: the paper's, or PRESETS["laptop"], for two cores and within the hour"""
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's directory"""
     seed: int = 1
@@ -120,7 +122,11 @@ class Args:
     learning_starts: int = 5_000
     """simulator steps with uniformly random actions before the first update"""
     train_every: int = 5_000
-    """simulator steps between two blocks of updates; a block has one update per agent step collected"""
+    """simulator steps between two blocks of updates"""
+    updates_per_step: float = 1.0
+    """updates per agent step collected"""
+    obs_transform: Literal["raw", "log"] = "raw"
+    """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
     env_timeout: float = 60.0
     """seconds after which an environment's process that gives no answer is replaced"""
     eval_every: int = 50_000
@@ -179,6 +185,9 @@ class Args:
     """discount of cost per agent step"""
     tau: float = 0.01
     """share by which the target networks move after every update"""
+    cost_read_out: Literal["symlog", "expectation"] = "symlog"
+    """how logits stand for a cost: as for rewards, which reads rare costs low, or as the expectation over [0, C], C the
+    largest possible discounted cost (see cost_bins)"""
     cost_target_agg: Literal["min", "mean", "max"] = "mean"
     """how the heads of the target Qc are joined into one cost target (Fig. 7)"""
 
@@ -200,15 +209,18 @@ class Args:
     lambda_max: float = 10.0
     """cap on the Lagrange multiplier"""
     mu_init: float = 5e-9
-    """first penalty mu; together with mu_growth it sets how soon the multiplier matters"""
+    """first penalty mu of a run of 1,000,000 updates; a shorter run's is as much larger as its updates are fewer"""
     mu_growth: float = 5e-6
-    """nu: the penalty grows by the factor 1 + nu at every update"""
+    """nu: the penalty grows by the factor 1 + nu at every update of such a run, by more at every one of a shorter run:
+    at the same share of its way every run has the same multiplier under the same violation"""
     mu_max: float = 1.0
     """cap on the penalty"""
 
     # --- Safe improvement planning (Eq. 11-12, Algorithms 1-2)
     horizon: int = 3
-    """agent steps H that the planner looks ahead and that a training sequence spans"""
+    """agent steps H that a training sequence spans"""
+    plan_horizon: int | None = None
+    """agent steps that the planner looks ahead; by default --horizon"""
     num_samples: int = 512
     """sequences N scored per iteration, the policy's included"""
     num_pi_trajs: int = 24
@@ -230,6 +242,16 @@ class Args:
     ensemble means (the authors' release), or mean against mean (the paper's text)"""
     bootstrap_samples: int = 1000
     """resamples of the heads behind those bounds"""
+
+
+PRESETS = {
+    "paper": {},
+    "laptop": dict(
+        total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="log",
+        latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, num_c=3, num_cost_heads=3, lagrangian_heads=3,
+        batch_size=128, cost_read_out="expectation", cost_gamma=0.95, lambda_max=0.2, mu_init=4.8e-8, mu_growth=5e-6,
+        num_samples=128, num_pi_trajs=12, num_elites=16, iterations=4),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,6 +277,31 @@ def read_out(logits, limit):
     """(..., M) -> (...): the number that logits stand for, symexp(sum softmax(logits) bins)."""
     bins = jnp.linspace(-limit, limit, logits.shape[-1])
     return symexp(jnp.matmul(jax.nn.softmax(logits), bins, precision="highest"))  # a GPU would round to 10 bits
+
+
+def cost_bins(args):
+    """(M,): bins from 0 to C = action_repeat / (1 - cost_gamma), the largest discounted cost at 1 per simulator step,
+    evenly spaced in log(1 + c)."""
+    largest = args.action_repeat / (1.0 - args.cost_gamma)
+    return np.expm1(np.linspace(0.0, np.log1p(largest), args.num_bins)).astype(np.float32)
+
+
+def cost_two_hot(args, x):
+    """(...) -> (..., M): the distribution that stands for a cost. Under --cost-read-out expectation its mean is x:
+    were the weights taken in log space, it would be up to 0.5% more, and bootstrapping would multiply that."""
+    if args.cost_read_out == "symlog":
+        return two_hot(x, args.num_bins, args.bin_limit)
+    bins = cost_bins(args)
+    below, above = np.append(np.float32(-1.0), bins[:-1]), np.append(bins[1:], bins[-1] + 1)
+    x = jnp.clip(x, 0.0, bins[-1])[..., None]
+    return jnp.maximum(0.0, jnp.where(x < bins, (x - below) / (bins - below), (above - x) / (above - bins)))
+
+
+def cost_read_out(args, logits):
+    """(..., M) -> (...): the cost that logits stand for, under --cost-read-out expectation sum softmax(logits) bins."""
+    if args.cost_read_out == "symlog":
+        return read_out(logits, args.bin_limit)
+    return jnp.matmul(jax.nn.softmax(logits), cost_bins(args), precision="highest")
 
 
 def cross_entropy(logits, target):
@@ -374,10 +421,19 @@ def init_model(args, key, obs_dim, action_dim):
         "dynamics": init_mlp(key_f, (args.latent_dim, args.mlp_dim, args.mlp_dim, args.latent_dim), action_dim,
                              norm_last=True),
         "reward": head(key_r),
-        "cost": jax.vmap(head)(jax.random.split(key_c, args.num_cost_heads)),
+        "cost": free_of_cost(args, jax.vmap(head)(jax.random.split(key_c, args.num_cost_heads))),
         "q": jax.vmap(head)(jax.random.split(key_q, args.num_q)),
-        "qc": jax.vmap(head)(jax.random.split(key_qc, args.num_c)),
+        "qc": free_of_cost(args, jax.vmap(head)(jax.random.split(key_qc, args.num_c))),
     }
+
+
+def free_of_cost(args, layers):
+    """The same heads (K, ...) with biases that let them read 0 at first where costs are expectations: each bin but the
+    first has a probability of e^-10 / (1 + its cost)."""
+    if args.cost_read_out == "symlog":
+        return layers
+    biases = -(10.0 + np.log1p(cost_bins(args))) * (np.arange(args.num_bins) > 0)
+    return (*layers[:-1], layers[-1] | {"b": layers[-1]["b"] + biases.astype(np.float32)})
 
 
 def init_policy(args, key, action_dim):
@@ -396,8 +452,13 @@ def next_latent(args, model, z, action):
 
 
 def heads(args, layers, z, action):
-    """(..., Z), (..., A) -> (K, ...): the numbers that an ensemble's heads read out."""
+    """(..., Z), (..., A) -> (K, ...): the values that the heads of Q read out."""
     return read_out(ensemble(layers, z, action), args.bin_limit)
+
+
+def cost_heads(args, layers, z, action):
+    """(..., Z), (..., A) -> (K, ...): the costs that the heads of Qc, or of the one-step cost, read out."""
+    return cost_read_out(args, ensemble(layers, z, action))
 
 
 def policy_sample(args, policy, z, key):
@@ -473,7 +534,7 @@ def sample(args, buffer, key):
 def policy_rollout(args, model, policy, z, key):
     """(Z,) -> (H, P, A): action sequences of the policy in latent space, the prior A_pi."""
     z, actions = jnp.broadcast_to(z, (args.num_pi_trajs, z.size)), []
-    for key in jax.random.split(key, args.horizon):
+    for key in jax.random.split(key, args.plan_horizon or args.horizon):
         action, _, _ = policy_sample(args, policy, z, key)
         z = next_latent(args, model, z, action)
         actions.append(action)
@@ -488,11 +549,11 @@ def evaluate_plans(args, model, policy, z, actions, key):
     returns, costs, z = 0.0, 0.0, z[None]  # one row: the first latent is common to all sequences
     for i, action in enumerate(actions):
         returns += args.gamma**i * read_out(mlp(model["reward"], z, action), args.bin_limit)
-        costs += args.cost_gamma**i * plan_cost(heads(args, model["cost"], z, action), axis=0)
+        costs += args.cost_gamma**i * plan_cost(cost_heads(args, model["cost"], z, action), axis=0)
         z = next_latent(args, model, z, action)
     action, _, _ = policy_sample(args, policy, z, key)
-    returns += args.gamma**args.horizon * heads(args, model["q"], z, action).mean(0)
-    costs += args.cost_gamma**args.horizon * heads(args, model["qc"], z, action).mean(0)
+    returns += args.gamma**len(actions) * heads(args, model["q"], z, action).mean(0)
+    costs += args.cost_gamma**len(actions) * cost_heads(args, model["qc"], z, action).mean(0)
     return returns, costs
 
 
@@ -531,7 +592,7 @@ def plan(args, model, policy, z, last_mean, key):
 
     def refine(current, key):
         key_sample, key_value, key_draw = jax.random.split(key, 3)
-        noise = jax.random.normal(key_sample, (args.horizon, args.num_samples - args.num_pi_trajs, prior.shape[-1]))
+        noise = jax.random.normal(key_sample, (len(prior), args.num_samples - args.num_pi_trajs, prior.shape[-1]))
         sampled = jnp.clip(current.mean[:, None] + current.std[:, None] * noise, -1.0, 1.0)
         sampled_returns, sampled_costs = evaluate_plans(args, model, policy, z, sampled, key_value)
         actions = jnp.concatenate([prior, sampled], axis=1)
@@ -576,7 +637,7 @@ def decide(args, model, policy, z, last_mean, key, explore):
     sampled, mean, _ = policy_sample(args, policy, z, key_policy)
     policy_action = jnp.where(explore, sampled, mean)
     both = jnp.stack([plan_action, policy_action])
-    q, qc = heads(args, model["q"], z[None], both), heads(args, model["qc"], z[None], both)  # (K, 2)
+    q, qc = heads(args, model["q"], z[None], both), cost_heads(args, model["qc"], z[None], both)  # (K, 2)
     use_plan = prefer_plan(args, q[:, 0], q[:, 1], qc[:, 0], qc[:, 1], key_switch)
     action = jnp.where(use_plan, plan_action, policy_action)
     return action, final.mean, metrics | {"charts/balance": use_plan.astype(jnp.float32)}
@@ -595,7 +656,7 @@ def init_actor(args, key, action_dim):
     """An actor at the start of a run."""
     names = ["charts/balance"] + [f"planner/{name}" for name in (
         "reward_threshold", "cost_threshold", "num_improving", "no_improvement")]
-    plan_mean = jnp.zeros((args.num_envs, args.horizon, action_dim))
+    plan_mean = jnp.zeros((args.num_envs, args.plan_horizon or args.horizon, action_dim))
     return Actor(jnp.copy(key), jnp.int32(0), plan_mean, {name: jnp.zeros(args.num_envs) for name in names})
 
 
@@ -635,7 +696,7 @@ def td_targets(args, policy, target, batch, next_z, key):
     next_action, _, _ = policy_sample(args, policy, next_z, key_action)
     next_q = heads(args, random_heads(target["q"], 2, key_heads), next_z, next_action).min(0)
     join = {"min": jnp.min, "mean": jnp.mean, "max": jnp.max}[args.cost_target_agg]
-    next_qc = join(heads(args, target["qc"], next_z, next_action), axis=0)
+    next_qc = join(cost_heads(args, target["qc"], next_z, next_action), axis=0)
     proceed = 1.0 - batch.terminated
     return batch.reward + args.gamma * proceed * next_q, batch.cost + args.cost_gamma * proceed * next_qc
 
@@ -660,8 +721,8 @@ def world_model_loss(model, args, batch, next_z, q_target, qc_target, keep_q, ke
         zs.append(next_latent(args, model, zs[-1], action))
     zs = jnp.stack(zs)
     z, action, limit, bins = zs[:-1], batch.action, args.bin_limit, args.num_bins
-    reward, cost = two_hot(batch.reward, bins, limit), two_hot(batch.cost, bins, limit)
-    q_target, qc_target = two_hot(q_target, bins, limit), two_hot(qc_target, bins, limit)
+    reward, cost = two_hot(batch.reward, bins, limit), cost_two_hot(args, batch.cost)
+    q_target, qc_target = two_hot(q_target, bins, limit), cost_two_hot(args, qc_target)
     cost_weight = jnp.where(batch.cost > 0, args.cost_positive_weight, 1.0)
     terms = {  # (H, B) each
         "consistency": jnp.mean((zs[1:] - next_z) ** 2, -1),
@@ -680,6 +741,11 @@ def world_model_loss(model, args, batch, next_z, q_target, qc_target, keep_q, ke
     return total, (metrics | {"losses/total": total}, zs)
 
 
+def pace(args):
+    """How many times faster than in a run of 1,000,000 updates, the paper's, the penalty goes its way."""
+    return 1e6 * args.action_repeat / (args.total_timesteps * args.updates_per_step)
+
+
 def augmented_lagrangian(args, violation, multiplier, penalty):
     """Psi and the next multiplier and penalty (Eq. 8-10), from Delta = `violation` and the current lambda and mu.
 
@@ -689,7 +755,7 @@ def augmented_lagrangian(args, violation, multiplier, penalty):
     shifted = multiplier + penalty * violation
     psi = jnp.where(shifted >= 0, multiplier * violation + 0.5 * penalty * violation**2, -0.5 * multiplier**2 / penalty)
     next_multiplier = jnp.clip(shifted, 0.0, args.lambda_max)
-    return psi, next_multiplier, jnp.minimum(penalty * (1.0 + args.mu_growth), args.mu_max)
+    return psi, next_multiplier, jnp.minimum(penalty * (1.0 + args.mu_growth) ** pace(args), args.mu_max)
 
 
 def update_scale(scale, q):
@@ -708,7 +774,7 @@ def policy_loss(policy, args, model, zs, mask, multiplier, penalty, scale, key):
     q = heads(args, random_heads(model["q"], 2, key_q), zs, action).mean(0)
     scale = update_scale(scale, jax.lax.stop_gradient(q[0]))
     join = {"mean": jnp.mean, "max": jnp.max}[args.lagrangian_agg]
-    qc = join(heads(args, random_heads(model["qc"], args.lagrangian_heads, key_qc), zs, action), axis=0)
+    qc = join(cost_heads(args, random_heads(model["qc"], args.lagrangian_heads, key_qc), zs, action), axis=0)
     violation = masked_mean(qc.ravel(), mask.ravel()) - args.cost_limit
     psi, multiplier, penalty = augmented_lagrangian(args, violation, multiplier, penalty)
     per_step = masked_mean(args.entropy_coef * action.shape[-1] * log_prob - q / scale, mask)
@@ -752,7 +818,7 @@ def init_agent(args, key, obs_dim, action_dim):
     model, policy = init_model(args, key_model, obs_dim, action_dim), init_policy(args, key_policy, action_dim)
     target = jax.tree.map(jnp.copy, {"q": model["q"], "qc": model["qc"]})  # copies: both are donated to the update
     return AgentState(model, policy, target, model_optimizer(args).init(model), policy_optimizer(args).init(policy),
-                      multiplier=jnp.float32(args.lambda_init), penalty=jnp.float32(args.mu_init),
+                      multiplier=jnp.float32(args.lambda_init), penalty=jnp.float32(args.mu_init * pace(args)),
                       scale=jnp.float32(1.0), key=key_updates, num_updates=jnp.int32(0))
 
 
@@ -849,12 +915,22 @@ def import_safety_gymnasium(cheap_sky: bool = True):
     return safety_gymnasium
 
 
+def transform_obs(obs, low, high):
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
+
+    Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
+    gets half of the scale. Unbounded entries become symlog(x); others stay."""
+    near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
+    unbounded = np.sign(obs) * np.log1p(np.abs(obs))
+    return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
+
+
 def episode_seed(seed, stream, env, episode):
     """Seed of one episode, a function of the run's seed, the stream (0 training, 1 evaluation) and two counters."""
     return int(np.random.SeedSequence((seed, stream, env, episode)).generate_state(1)[0])
 
 
-def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
+def env_worker(pipe, env_id, action_repeat, seed, stream, index, render, obs_transform="raw"):
     """Body of an environment's process: answers ("reset", episode), ("step", action in [-1, 1]) and ("render", None).
 
     An episode that ends is followed by the next one at once: a step's answer holds both the observation to act on and
@@ -869,7 +945,9 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
         env = import_safety_gymnasium().make(env_id, **options)
         if len(env.observation_space.shape or ()) != 1:
             raise ValueError("its observations are not a flat vector")
-        low, high = env.action_space.low, env.action_space.high
+        low, high, bounds = env.action_space.low, env.action_space.high, env.observation_space
+        seen = lambda obs: (transform_obs(obs, bounds.low, bounds.high) if obs_transform == "log" else obs).astype(
+            np.float32)
         env.reset(seed=0)  # all resets but a process's first depend on the seed alone (Car differs in the 17th digit)
         pipe.send((env.observation_space.shape[0], low.size))
         while True:
@@ -880,7 +958,7 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
             if command == "reset":
                 episode = value
                 obs, _ = env.reset(seed=episode_seed(seed, stream, index, episode))
-                pipe.send(obs.astype(np.float32))
+                pipe.send(seen(obs))
             elif command == "step":
                 action = np.clip(low + 0.5 * (value + 1.0) * (high - low), low, high)
                 reward = cost = 0.0
@@ -893,8 +971,7 @@ def env_worker(pipe, env_id, action_repeat, seed, stream, index, render):
                 if terminated or truncated:
                     episode += 1
                     obs, _ = env.reset(seed=episode_seed(seed, stream, index, episode))
-                pipe.send((obs.astype(np.float32), next_obs.astype(np.float32), reward, cost, terminated, truncated,
-                           steps))
+                pipe.send((seen(obs), seen(next_obs), reward, cost, terminated, truncated, steps))
             elif command == "render":
                 pipe.send(env.render())
             else:
@@ -967,7 +1044,7 @@ def start_env(args, stream, index, render, start_method):
     context = multiprocessing.get_context(start_method)
     ours, theirs = context.Pipe()
     process = context.Process(target=env_worker, daemon=True, args=(
-        theirs, args.env_id, args.action_repeat, args.seed, stream, index, render and index == 0))
+        theirs, args.env_id, args.action_repeat, args.seed, stream, index, render and index == 0, args.obs_transform))
     process.start()
     theirs.close()
     return process, ours
@@ -1088,7 +1165,8 @@ def open_envs(*arguments):
 
 
 def evaluate(args, agent, envs, num_episodes, stopping=()):
-    """Play that many whole episodes without exploration noise -> one dict per episode, pictures of the first one.
+    """Play that many whole episodes without exploration noise -> one dict per episode, each with its own `played`, a
+    Transition of arrays (T, ...), and pictures of the first one.
 
     Episode i always has the same seed. The batch is padded to args.num_envs, so that `act` is compiled only once. It is
     played again if a process fails; nothing is returned once `stopping` is no longer empty."""
@@ -1102,6 +1180,7 @@ def evaluate(args, agent, envs, num_episodes, stopping=()):
                 actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, first)), envs.action_dim)
                 obs, is_first = reset_envs(envs, [first] * num_envs), np.ones(args.num_envs, bool)
                 totals, running, ended = np.zeros((num_envs, 3)), np.arange(num_envs) < num_episodes - first, []
+                played = []
                 frames = frames if first else []
             padded = np.zeros((args.num_envs, envs.obs_dim), np.float32)
             padded[:num_envs] = obs
@@ -1109,17 +1188,67 @@ def evaluate(args, agent, envs, num_episodes, stopping=()):
             step = step_envs(envs, obs, np.asarray(action)[:num_envs], [first] * num_envs)
             if begin := bool(np.any(step.restarted)):
                 continue
+            played.append(step.transition)
             totals += np.stack([step.transition.reward, step.transition.cost, step.steps], -1) * running[:, None]
             if args.capture_video and first == 0 and running[0] and not step.transition.done[0]:
                 frames.append(render_env(envs))
             for index in np.flatnonzero(running & (step.transition.done > 0)):
                 plans = float(actor.metrics["charts/balance"][index]) / int(actor.step)
                 ended.append({"environment": first + int(index), "return": totals[index, 0], "cost": totals[index, 1],
-                              "length": int(totals[index, 2]), "balance": plans})
+                              "length": int(totals[index, 2]), "balance": plans,
+                              "played": Transition(*(np.stack(x)[:, index] for x in zip(*played)))})
                 running[index] = False
             obs, is_first = step.obs, np.zeros(args.num_envs, bool)
         episodes += ended
     return sorted(episodes, key=lambda episode: episode["environment"]), frames
+
+
+def auc(score, positive):
+    """Area under the ROC curve, (N,) each: how often a positive's score is above another's (a tie is half a time)."""
+    others, positives = np.sort(score[~positive]), score[positive]
+    if not len(others) or not len(positives):
+        return math.nan
+    below = np.searchsorted(others, positives, "left") + np.searchsorted(others, positives, "right")
+    return float(below.mean() / (2 * len(others)))
+
+
+def cost_to_go(cost, terminated, last, gamma):
+    """(T,) -> (T,): the discounted cost that followed each step of an episode; `last` stands for that of the last step
+    unless it terminated."""
+    following = np.array(cost, np.float64)
+    following[-1] = cost[-1] if terminated[-1] else last
+    for t in reversed(range(len(cost) - 1)):
+        following[t] += gamma * following[t + 1]
+    return following
+
+
+def critic_metrics(args, model, episodes):
+    """What the cost heads and Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
+
+    critic/cost_auc: of the one-step cost heads for "this agent step costs". critic/read_..., critic/followed_...: mean
+    Qc(s, a) and mean discounted cost that followed, in states inside a hazard (the step before cost), outside, and
+    before_k: k = 1 to 5 agent steps before a hazard is entered (before_1 is the step that enters)."""
+    rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
+    z = encode(args, model, rows.obs)
+    one_step, qc = (np.asarray(cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
+    read = np.split(qc, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
+    groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
+    for qc, played in zip(read, (episode["played"] for episode in episodes)):
+        followed = cost_to_go(played.cost, played.terminated, qc[-1], args.cost_gamma)
+        costly = played.cost > 0
+        inside = np.concatenate([[False], costly[:-1]])
+        entered = np.flatnonzero(costly & ~inside)
+        chosen = {"inside": inside, "outside": ~inside}
+        for k in range(1, 6):  # k steps ahead nothing but the way to this entry
+            chosen[f"before_{k}"] = [t - k + 1 for t in entered if t >= k - 1 and not inside[t - k + 1:t].any()]
+        for name, where in chosen.items():
+            groups[name][0].extend(qc[where])
+            groups[name][1].extend(followed[where])
+    metrics = {"critic/cost_auc": auc(one_step, rows.cost > 0)}
+    for name, (read, followed) in groups.items():
+        if read:
+            metrics |= {f"critic/read_{name}": np.mean(read), f"critic/followed_{name}": np.mean(followed)}
+    return {tag: value for tag, value in metrics.items() if not math.isnan(value)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1264,13 +1393,14 @@ def log(writer, wandb_run, values, step):
 def problems(args):
     """What is wrong with the flags, one sentence each."""
     block = args.num_envs * args.action_repeat
+    updates = args.train_every / max(args.action_repeat, 1) * args.updates_per_step
     at_least_one = ("num_envs", "action_repeat", "total_timesteps", "train_every", "eval_episodes", "batch_size",
                     "latent_dim", "enc_dim", "mlp_dim", "simnorm_dim", "num_q", "num_c", "num_cost_heads", "horizon",
                     "num_samples", "num_pi_trajs", "num_elites", "iterations", "lagrangian_heads", "bootstrap_samples")
     not_negative = ("eval_every", "entropy_coef", "consistency_coef", "reward_coef", "value_coef", "cost_coef",
                     "cost_value_coef", "temperature", "mu_growth")
     positive = ("env_timeout", "learning_rate", "enc_lr_scale", "grad_clip", "bin_limit", "cost_positive_weight",
-                "min_std", "mu_init")
+                "min_std", "mu_init", "updates_per_step")
     flag = lambda name: "--" + name.replace("_", "-")
     found = [f"{flag(name)} must be a finite number" for name, value in vars(args).items()
              if isinstance(value, float) and not math.isfinite(value)]
@@ -1286,9 +1416,15 @@ def problems(args):
          f"--train-every must be a multiple of --num-envs x --action-repeat = {block}"),
         (args.learning_starts >= block * args.horizon,
          f"--learning-starts must be at least --num-envs x --action-repeat x --horizon = {block * args.horizon}"),
+        (not math.isfinite(updates) or updates % 1 == 0,
+         f"--updates-per-step must make a whole number of updates of {args.train_every} / {args.action_repeat} agent "
+         "steps"),
         (args.eval_every % max(args.train_every, 1) == 0, "--eval-every must be a multiple of --train-every"),
         (args.buffer_size // max(args.num_envs, 1) > args.horizon,
          "--buffer-size must hold more than --horizon transitions per environment"),
+        (args.plan_horizon is None or args.plan_horizon >= 1, "--plan-horizon must be at least 1"),
+        (args.cost_read_out == "symlog" or args.cost_gamma < 1,
+         "--cost-gamma must be smaller than 1 with --cost-read-out expectation, whose bins end at the largest cost"),
         (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
         (args.num_elites <= args.num_samples, "--num-elites must not exceed --num-samples"),
         (args.lagrangian_heads <= args.num_c, "--lagrangian-heads must not exceed --num-c"),
@@ -1334,6 +1470,7 @@ def parse_args(argv=None):
 
     SystemExit with one line for each flag that cannot be."""
     args = read_flags(argv)
+    args = read_flags(argv, dataclasses.replace(args, **PRESETS[args.preset]))
     run_dir = args.resume or args.evaluate
     if run_dir:
         try:
@@ -1422,6 +1559,8 @@ def evaluate_run(args):
     if frames:
         write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
     print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
+    known = critic_metrics(args, trees["agent"].model, episodes)
+    print("  ".join(f"{tag} {value:.2f}" for tag, value in known.items()))
     return episodes
 
 
@@ -1544,7 +1683,10 @@ def learn(args, envs, eval_envs, stopping):
     wandb_run = start_wandb(args, run_dir) if args.track else None
     writer = Writer(str(run_dir))
     print(f"{run_dir}: {envs.obs_dim} observations, {envs.action_dim} actions, on {jax.devices()[0]}", flush=True)
-    updates_at_once = math.gcd(args.train_every // args.action_repeat, 100)  # few enough for the bar to move
+    if args.preset == "paper" and jax.default_backend() == "cpu":
+        days = args.total_timesteps * args.mlp_dim**2 / (5e6 * 512**2) * 7  # measured on two cores, to a factor of two
+        print(f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one", flush=True)
+    updates_at_once = math.gcd(int(args.train_every // args.action_repeat * args.updates_per_step), 100)
     num_updates, first_step, began = int(agent.num_updates), progress.step, time.time()
     shown, unwritten, episodes = {}, [], []  # rows: training episodes of this cycle; unwritten: the disk was full
     bar = tqdm(total=args.total_timesteps, initial=progress.step, unit="step", unit_scale=True,
@@ -1573,8 +1715,9 @@ def learn(args, envs, eval_envs, stopping):
                 bar.update(progress.step - before)
             collected = time.time()
 
-            # --- Update: one gradient step per agent step collected
-            due = progress.step // args.action_repeat if progress.step >= args.learning_starts else 0
+            # --- Update: in blocks few enough for the bar to move
+            due = int(progress.step // args.action_repeat * args.updates_per_step)
+            due = due if progress.step >= args.learning_starts else 0
             while num_updates + updates_at_once <= due and not stopping:
                 bar.set_description("updating" if update_many._cache_size() else "compiling the update")
                 agent, metrics = update_many(args, agent, buffer, updates_at_once)
@@ -1619,6 +1762,7 @@ def learn(args, envs, eval_envs, stopping):
                 unwritten = []
             tags = {"eval/episodic_return": "return", "eval/episodic_cost": "cost", "eval/balance": "balance"}
             values = {tag: np.mean([episode[name] for episode in episodes]) for tag, name in tags.items()}
+            values |= critic_metrics(args, agent.model, episodes)
             attempt(log, writer, wandb_run, values, step)
             if frames:
                 attempt(write_video, run_dir / "videos" / f"{step}.mp4", frames)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmark" / "diffs.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted((ROOT / "ablations").glob("*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-TAG = re.compile(r"""["'{ ](?:charts|eval|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
+TAG = re.compile(r"""["'{ ](?:charts|eval|critic|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
 
 
 def anchors(page):
@@ -41,12 +41,16 @@ def logged_tags(script):
     terms = text[text.index("    terms = {"):]
     tags |= {f"losses/{name}" for name in re.findall(r'^        "(\w+)": ', terms[:terms.index("    }")], re.MULTILINE)}
     tags |= {f"losses/{name}" for name in re.findall(r'    losses\["(\w+)"\] = ', text)}
+    groups = re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text)[0]  # of states that the critic is read in
+    for tag in [tag for tag in tags if tag.startswith("critic/") and tag.endswith("_")]:
+        tags = tags - {tag} | {tag + name for name in (*groups[:2], *(f"{groups[2]}{k}" for k in range(1, 6)))}
     return tags - {"losses/"}
 
 
 def test_the_tags_are_found():
-    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval"""
-    assert len(logged_tags(ROOT / "spowl_continuous.py")) == 13 + 3 + 4 + 6 + 3 + 3
+    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval, 15
+    of the critic."""
+    assert len(logged_tags(ROOT / "spowl_continuous.py")) == 13 + 3 + 4 + 6 + 3 + 3 + 15
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -16,7 +16,7 @@ from spowl_continuous import parse_args
 AT_LEAST_ONE = """num-envs action-repeat total-timesteps train-every eval-episodes batch-size latent-dim enc-dim mlp-dim
 simnorm-dim num-q num-c num-cost-heads horizon num-samples num-pi-trajs num-elites iterations lagrangian-heads
 bootstrap-samples""".split()
-POSITIVE = "env-timeout learning-rate enc-lr-scale grad-clip bin-limit cost-positive-weight min-std mu-init".split()
+POSITIVE = "env-timeout learning-rate enc-lr-scale grad-clip bin-limit cost-positive-weight min-std mu-init updates-per-step".split()
 NOT_NEGATIVE = """entropy-coef consistency-coef reward-coef value-coef cost-coef cost-value-coef temperature
 mu-growth""".split()
 BAD = [(f"--{name} 0", "must be at least 1") for name in AT_LEAST_ONE]
@@ -30,6 +30,8 @@ BAD += [
     ("--learning-starts 100", "at least --num-envs x --action-repeat x --horizon = 150"),
     ("--train-every 80", "multiple of --num-envs x --action-repeat = 50"),
     ("--train-every 5000 --num-envs 7", "multiple of --num-envs x --action-repeat = 35"),
+    ("--plan-horizon 0", "must be at least 1"), ("--updates-per-step 0.0015", "a whole number of updates of 5000 / 5"),
+    ("--cost-read-out expectation --cost-gamma 1", "smaller than 1"),
     ("--eval-every 7000", "multiple of --train-every"), ("--eval-every -5000", "must not be negative"),
     ("--buffer-size 30", "more than --horizon transitions per environment"),
     ("--horizon 200000", "--learning-starts must be at least"),
@@ -48,7 +50,8 @@ BAD += [
     ("--resume /nowhere", "is not a run directory"), ("--evaluate /nowhere", "is not a run directory"),
 ]
 UNREADABLE = [
-    ("--switch-rule best", "bootstrap"), ("--cost-target-agg sum", "min"), ("--lagrangian-agg 5", "mean"),
+    ("--switch-rule best", "bootstrap"), ("--preset desktop", "laptop"), ("--obs-transform sqrt", "log"),
+    ("--cost-read-out mean", "expectation"), ("--cost-target-agg sum", "min"), ("--lagrangian-agg 5", "mean"),
     ("--plan-cost-agg median", "max"), ("--num-envs many", "many"), ("--num-envs 2.5", "2.5"), ("--gamma high", "high"),
     ("--seed", "--seed"), ("--no-such-flag 1", "--no-such-flag"), ("--num-env 3", "--num-envs"), ("surplus", "surplus"),
     ("--capture-video perhaps", "perhaps"), ("--total-timesteps 1e6", "1e6"),

@@ -579,12 +579,12 @@ DEFAULTS = dict(
     enc_dim=256, mlp_dim=512, latent_dim=512, simnorm_dim=8, num_bins=101, bin_limit=10.0, num_q=5, num_c=5,
     num_cost_heads=5, dropout=0.01, horizon=3, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1,
     cost_coef=0.1, cost_value_coef=0.1, cost_positive_weight=10.0, gamma=0.975, cost_gamma=0.997, tau=0.01,
-    cost_target_agg="mean", learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
+    cost_target_agg="mean", cost_read_out="symlog", obs_transform="raw", updates_per_step=1.0, learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
     # METHOD §4
     entropy_coef=1e-4, cost_limit=0.1, lagrangian_heads=5, lagrangian_agg="mean", lambda_init=1e-6, lambda_max=10.0,
     mu_init=5e-9, mu_growth=5e-6, mu_max=1.0,
     # METHOD §5-6, §9
-    num_samples=512, num_pi_trajs=24, num_elites=64, iterations=6, temperature=0.5, min_std=0.05, max_std=2.0,
+    plan_horizon=None, num_samples=512, num_pi_trajs=24, num_elites=64, iterations=6, temperature=0.5, min_std=0.05, max_std=2.0,
     plan_cost_agg="max", switch_rule="bootstrap", bootstrap_samples=1000)
 
 
@@ -593,7 +593,7 @@ def test_defaults_are_those_of_the_method():
     args = dataclasses.asdict(Args())
     assert {name: args[name] for name in DEFAULTS} == DEFAULTS
     assert set(args) - set(DEFAULTS) == {"env_id", "exp_name", "seed", "runs_dir", "track", "wandb_project_name",
-                                         "wandb_entity", "capture_video", "resume", "evaluate", "env_timeout"}
+                                         "wandb_entity", "capture_video", "resume", "evaluate", "env_timeout", "preset"}
     assert parse_args([]) == Args()
 
 

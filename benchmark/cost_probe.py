@@ -1,0 +1,152 @@
+"""Can the costs be learned? Train on the fixed replay buffer of a run, ask about the environments that were left out.
+
+    python benchmark/cost_probe.py RUN --variants "raw" "log: --obs-transform log" --csv costs.csv
+
+Minutes where a training run takes an hour. RUN is a run directory of spowl_continuous.py; the
+agents are trained from scratch on all but two of its environments by the script's own updates, with the run's flags and
+on top of them those of the variant. For each, by number of updates, on the two others: AUC of the one-step cost heads for
+"this agent step costs", correlation of Qc with the discounted cost that followed, and the means of both. The ceiling is
+a plain MLP that is told nothing but observation, action and whether the step cost."""
+
+import csv
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import spowl_continuous as spowl
+
+COLUMNS = ("variant", "updates", "cost_auc", "qc_correlation", "qc_read", "qc_followed", "seconds")
+
+
+@dataclass(frozen=True)
+class Options:
+    run: tyro.conf.Positional[Path]
+    """run directory whose newest checkpoint holds the buffer"""
+    variants: tuple[str, ...] = ("raw", "log: --obs-transform log")
+    """label, or label: flags of spowl_continuous.py"""
+    updates: int = 6_000
+    """updates per variant"""
+    every: int = 2_000
+    """updates between two readings"""
+    held_out: int = 2
+    """environments, the last ones, that are asked about and never trained on"""
+    max_steps: int | None = None
+    """use no more than the oldest so many simulator steps of the buffer"""
+    csv: Path | None = None
+    """file for the readings"""
+
+
+def load_rows(run, max_steps=None):
+    """The transitions in a run's newest checkpoint, oldest first, as NumPy arrays (T, E, ...), and its flags."""
+    info = json.loads((run / "args.json").read_text())["args"]
+    known = {field.name for field in fields(spowl.Args)}
+    args = spowl.Args(**{name: value for name, value in info.items() if name in known})
+    found = spowl.checkpoints(run)
+    if not found:
+        raise SystemExit(f"{run} has no checkpoint")
+    with np.load(found[-1]) as file:
+        names = {name: f"['buffer'].rows.{name}" for name in spowl.Transition._fields}
+        rows = spowl.Transition(**{name: file[key] for name, key in names.items()})
+        first = int(file["['buffer'].head"]) if len(rows.reward) == args.buffer_size // args.num_envs else 0
+    count = len(rows.reward) if max_steps is None else max_steps // (args.num_envs * args.action_repeat)
+    return jax.tree.map(lambda x: np.roll(x, -first, axis=0)[:count], rows), args
+
+
+def transformed(rows, stored, args):
+    """The same transitions with observations as an agent with these flags sees them, from the way they are stored."""
+    if args.obs_transform == stored:
+        return rows
+    if stored != "raw":
+        raise SystemExit(f"the run was made with --obs-transform {stored}: other variants need one with raw observations")
+    space = spowl.import_safety_gymnasium().make(args.env_id).observation_space
+    see = lambda obs: spowl.transform_obs(obs, space.low, space.high).astype(np.float32)
+    return rows._replace(obs=see(rows.obs), next_obs=see(rows.next_obs))
+
+
+def held_out_reading(args, model, rows):
+    """AUC of the cost heads, correlation of Qc with what followed, and the means of both, on rows (T, E, ...)."""
+    z = spowl.encode(args, model, rows.obs)
+    cost, qc = (np.asarray(spowl.cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
+    followed = np.array(rows.cost, np.float64)
+    followed[-1] = qc[-1]
+    for t in reversed(range(len(followed) - 1)):
+        ended = np.where(rows.terminated[t] > 0, rows.cost[t], qc[t])
+        followed[t] = np.where(rows.done[t] > 0, ended, followed[t] + args.cost_gamma * followed[t + 1])
+    correlation = np.corrcoef(qc.ravel(), followed.ravel())[0, 1] if qc.std() > 0 else 0.0
+    return spowl.auc(cost.ravel(), rows.cost.ravel() > 0), correlation, qc.mean(), followed.mean()
+
+
+def probe(label, args, rows, options):
+    """Train an agent on the rows of all but the held-out environments -> readings as rows of the csv."""
+    seen, asked = (jax.tree.map(lambda x: x[:, part], rows) for part in (
+        slice(None, -options.held_out), slice(-options.held_out, None)))
+    obs_dim, action_dim = rows.obs.shape[-1], rows.action.shape[-1]
+    buffer = spowl.Buffer(jax.tree.map(jnp.asarray, seen), jnp.int32(0), jnp.int32(len(rows.reward)))
+    agent, began = spowl.init_agent(args, jax.random.key(args.seed), obs_dim, action_dim), time.time()
+    for updates in range(options.every, options.updates + 1, options.every):
+        for _ in range(options.every // 100):
+            agent, _ = spowl.update_many(args, agent, buffer, 100)
+        reading = held_out_reading(args, agent.model, asked)
+        yield [label, updates, *(round(float(x), 4) for x in reading), round(time.time() - began)]
+
+
+def supervised(label, args, rows, options):
+    """The ceiling: an MLP with two hidden layers learns whether a step costs -> readings of its AUC."""
+    inputs = np.concatenate([rows.obs, rows.action], -1)
+    seen, asked = inputs[:, :-options.held_out], inputs[:, -options.held_out:]
+    mean, spread = seen.mean((0, 1)), seen.std((0, 1)) + 1e-3
+    seen, asked = ((x - mean) / spread for x in (seen, asked))
+    seen, costly = jnp.asarray(seen.reshape(-1, seen.shape[-1])), jnp.asarray(rows.cost[:, :-options.held_out].ravel() > 0)
+    layers = spowl.init_mlp(jax.random.key(args.seed), (seen.shape[-1], 128, 128, 1), zero_last=True)
+    optimizer = optax.adam(1e-3)
+
+    @partial(jax.jit, static_argnums=2)
+    def train(state, key, steps):
+        def step(state, key):
+            layers, opt = state
+            chosen = jax.random.randint(key, (256,), 0, len(seen))
+            loss = lambda layers: optax.sigmoid_binary_cross_entropy(spowl.mlp(layers, seen[chosen])[:, 0],
+                                                                     costly[chosen].astype(jnp.float32)).mean()
+            updates, opt = optimizer.update(jax.grad(loss)(layers), opt)
+            return (optax.apply_updates(layers, updates), opt), None
+        return jax.lax.scan(step, state, jax.random.split(key, steps))[0]
+
+    state, began = (layers, optimizer.init(layers)), time.time()
+    for updates in range(options.every, options.updates + 1, options.every):
+        state = train(state, jax.random.key(updates), options.every)
+        score = np.asarray(spowl.mlp(state[0], jnp.asarray(asked)))[..., 0]
+        area = spowl.auc(score.ravel(), rows.cost[:, -options.held_out:].ravel() > 0)
+        yield [label, updates, round(area, 4), "", "", "", round(time.time() - began)]
+
+
+def main(options):
+    rows, args = load_rows(options.run, options.max_steps)
+    print(f"{rows.reward.size:,} transitions, {np.mean(rows.cost > 0):.1%} of them cost", flush=True)
+    readings = []
+    for variant in options.variants:
+        label, _, flags = variant.partition(":")
+        chosen = spowl.read_flags(shlex.split(flags), args)
+        learner = supervised if label.startswith("supervised") else probe
+        parts = learner(label, chosen, transformed(rows, args.obs_transform, chosen), options)
+        for reading in parts:
+            print(*(f"{name} {value}" for name, value in zip(COLUMNS, reading)), sep=", ", flush=True)
+            readings.append(reading)
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *readings])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
