@@ -2,11 +2,11 @@
 
     python benchmark/cost_probe.py RUN --variants "raw" "log: --obs-transform log" --csv costs.csv
 
-Minutes where a training run takes an hour. RUN is a run directory of spowl_continuous.py; the
-agents are trained from scratch on all but two of its environments by the script's own updates, with the run's flags and
-on top of them those of the variant. For each, by number of updates, on the two others: AUC of the one-step cost heads for
-"this agent step costs", correlation of Qc with the discounted cost that followed, and the means of both. The ceiling is
-a plain MLP that is told nothing but observation, action and whether the step cost."""
+Minutes where a training run takes an hour. RUN is a run directory of spowl_continuous.py; the agents are trained from
+scratch on all but two of its environments by the script's own updates, with the run's flags and on top of them those of
+the variant. For each, by number of updates, on the two others: AUC of the one-step cost heads for "this agent step
+costs", correlation of Qc with the discounted cost that followed, and the means of both. A variant whose label begins
+with "supervised" is the ceiling: a plain MLP that is told nothing but observation, action and whether the step cost."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ def transformed(rows, stored, args):
     if args.obs_transform == stored:
         return rows
     if stored != "raw":
-        raise SystemExit(f"the run was made with --obs-transform {stored}: other variants need one with raw observations")
+        raise SystemExit(f"the run has --obs-transform {stored}: other variants need a run with raw observations")
     space = spowl.import_safety_gymnasium().make(args.env_id).observation_space
     see = lambda obs: spowl.transform_obs(obs, space.low, space.high).astype(np.float32)
     return rows._replace(obs=see(rows.obs), next_obs=see(rows.next_obs))
@@ -108,7 +108,8 @@ def supervised(label, args, rows, options):
     seen, asked = inputs[:, :-options.held_out], inputs[:, -options.held_out:]
     mean, spread = seen.mean((0, 1)), seen.std((0, 1)) + 1e-3
     seen, asked = ((x - mean) / spread for x in (seen, asked))
-    seen, costly = jnp.asarray(seen.reshape(-1, seen.shape[-1])), jnp.asarray(rows.cost[:, :-options.held_out].ravel() > 0)
+    seen = jnp.asarray(seen.reshape(-1, seen.shape[-1]))
+    costly = jnp.asarray(rows.cost[:, :-options.held_out].ravel() > 0, jnp.float32)
     layers = spowl.init_mlp(jax.random.key(args.seed), (seen.shape[-1], 128, 128, 1), zero_last=True)
     optimizer = optax.adam(1e-3)
 
@@ -117,8 +118,8 @@ def supervised(label, args, rows, options):
         def step(state, key):
             layers, opt = state
             chosen = jax.random.randint(key, (256,), 0, len(seen))
-            loss = lambda layers: optax.sigmoid_binary_cross_entropy(spowl.mlp(layers, seen[chosen])[:, 0],
-                                                                     costly[chosen].astype(jnp.float32)).mean()
+            loss = lambda layers: optax.sigmoid_binary_cross_entropy(
+                spowl.mlp(layers, seen[chosen])[:, 0], costly[chosen]).mean()
             updates, opt = optimizer.update(jax.grad(loss)(layers), opt)
             return (optax.apply_updates(layers, updates), opt), None
         return jax.lax.scan(step, state, jax.random.split(key, steps))[0]

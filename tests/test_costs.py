@@ -55,6 +55,21 @@ def test_lidar_and_sensors_of_a_task_are_told_apart():
     assert np.isinf(space.low[~lidar]).all() and np.isinf(space.high[~lidar]).all()
 
 
+def test_environments_answer_with_transformed_observations():
+    """Both what is acted on and what a step led to, the transform of what a raw environment answers."""
+    space, seen = spowl.import_safety_gymnasium().make("SafetyPointGoal1-v0").observation_space, {}
+    for how in ("raw", "log"):
+        envs = spowl.start_envs(small_args(num_envs=1, obs_transform=how), 0, 1, start_method="spawn")
+        try:
+            first = spowl.reset_envs(envs, [0])
+            step = spowl.step_envs(envs, first, np.full((1, 2), 0.4, np.float32), [0])
+        finally:
+            spowl.close_envs(envs)
+        seen[how] = np.stack([first, step.transition.obs, step.transition.next_obs, step.obs])
+    np.testing.assert_allclose(seen["log"], transform_obs(seen["raw"], space.low, space.high), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(seen["raw"][0], seen["raw"][1]) and not np.array_equal(seen["raw"][1], seen["raw"][2])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Costs as expectations
 # ----------------------------------------------------------------------------------------------------------------------

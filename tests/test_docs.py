@@ -41,9 +41,9 @@ def logged_tags(script):
     terms = text[text.index("    terms = {"):]
     tags |= {f"losses/{name}" for name in re.findall(r'^        "(\w+)": ', terms[:terms.index("    }")], re.MULTILINE)}
     tags |= {f"losses/{name}" for name in re.findall(r'    losses\["(\w+)"\] = ', text)}
-    groups = re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text)[0]  # of states that the critic is read in
+    *groups, before = re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text)[0]  # where the critic is read
     for tag in [tag for tag in tags if tag.startswith("critic/") and tag.endswith("_")]:
-        tags = tags - {tag} | {tag + name for name in (*groups[:2], *(f"{groups[2]}{k}" for k in range(1, 6)))}
+        tags = tags - {tag} | {tag + name for name in (*groups, *(f"{before}{k}" for k in range(1, 6)))}
     return tags - {"losses/"}
 
 

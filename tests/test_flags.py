@@ -16,7 +16,8 @@ from spowl_continuous import parse_args
 AT_LEAST_ONE = """num-envs action-repeat total-timesteps train-every eval-episodes batch-size latent-dim enc-dim mlp-dim
 simnorm-dim num-q num-c num-cost-heads horizon num-samples num-pi-trajs num-elites iterations lagrangian-heads
 bootstrap-samples""".split()
-POSITIVE = "env-timeout learning-rate enc-lr-scale grad-clip bin-limit cost-positive-weight min-std mu-init updates-per-step".split()
+POSITIVE = """env-timeout learning-rate enc-lr-scale grad-clip bin-limit cost-positive-weight min-std mu-init
+updates-per-step""".split()
 NOT_NEGATIVE = """entropy-coef consistency-coef reward-coef value-coef cost-coef cost-value-coef temperature
 mu-growth""".split()
 BAD = [(f"--{name} 0", "must be at least 1") for name in AT_LEAST_ONE]

@@ -60,14 +60,15 @@ def test_scripts_are_read_beside_modules_of_the_same_name():
     assert sys.modules["spowl_continuous"] is spowl
 
 
-def test_recipe_scale_is_the_readme_recipe():
-    readme = (ROOT / "README.md").read_text()
-    words = re.search(r"spowl_continuous\.py (--env-id SafetyPointGoal1-v0 --enc-dim .*)\n", readme)[1].split()
+def test_recipe_scale_is_the_recipe_before():
+    page = (ROOT / "docs" / "trials.md").read_text()
+    words = re.search(r"spowl_continuous\.py (--env-id SafetyPointGoal1-v0 --enc-dim .*) --mu-init", page)[1].split()
     recipe = dict(zip(words[::2], words[1::2]))
     for path in GRIDS:
         flags = {f"--{name}": str(value) for name, value in read_grid(path, "recipe").flags.items()}
         assert flags | {"--env-id": "SafetyPointGoal1-v0"} == recipe | {"--total-timesteps": "100000",
-                                                                       "--eval-every": "20000"}
+                                                                       "--eval-every": "20000", "--mu-init": "1e-10",
+                                                                       "--mu-growth": "1e-07"}
 
 
 GOOD = """

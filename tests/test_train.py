@@ -31,7 +31,7 @@ SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d, cost (\
 TAGS = """charts/episodic_return charts/episodic_cost charts/episodic_length charts/cost_rate charts/SPS charts/balance
 eval/episodic_return eval/episodic_cost losses/consistency losses/reward losses/cost losses/value losses/cost_value
 losses/policy losses/psi losses/total lagrangian/lambda lagrangian/mu lagrangian/violation planner/reward_threshold
-planner/cost_threshold planner/num_improving planner/no_improvement time/env time/act time/update""".split()
+planner/cost_threshold planner/num_improving planner/no_improvement critic/read_outside critic/followed_outside time/env time/act time/update""".split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,6 +171,12 @@ def test_summary_lines_are_printed(point):
     last = [float(row["return"]) for row in rows_of(point.dir / "episodes.csv")[-2:]]
     assert float(found[-1][1]) == pytest.approx(np.mean(last), abs=0.006)
     assert f"{point.dir}: 60 observations, 2 actions" in point.stdout
+
+
+def test_the_papers_preset_on_a_cpu_names_the_other(point):
+    """Sizes of 16 for 2,500 steps: the estimate is next to nothing, but there. Said once, in one line."""
+    (line,) = (line for line in point.stdout.splitlines() if "preset" in line)
+    assert re.fullmatch(r"the paper's preset on a CPU takes about \S+ days: --preset laptop is made for one", line)
 
 
 def test_checkpoint_counts_what_was_done(point):
@@ -579,13 +585,14 @@ DEFAULTS = dict(
     enc_dim=256, mlp_dim=512, latent_dim=512, simnorm_dim=8, num_bins=101, bin_limit=10.0, num_q=5, num_c=5,
     num_cost_heads=5, dropout=0.01, horizon=3, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1,
     cost_coef=0.1, cost_value_coef=0.1, cost_positive_weight=10.0, gamma=0.975, cost_gamma=0.997, tau=0.01,
-    cost_target_agg="mean", cost_read_out="symlog", obs_transform="raw", updates_per_step=1.0, learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
+    cost_target_agg="mean", cost_read_out="symlog", obs_transform="raw", updates_per_step=1.0,
+    learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
     # METHOD §4
     entropy_coef=1e-4, cost_limit=0.1, lagrangian_heads=5, lagrangian_agg="mean", lambda_init=1e-6, lambda_max=10.0,
     mu_init=5e-9, mu_growth=5e-6, mu_max=1.0,
     # METHOD §5-6, §9
-    plan_horizon=None, num_samples=512, num_pi_trajs=24, num_elites=64, iterations=6, temperature=0.5, min_std=0.05, max_std=2.0,
-    plan_cost_agg="max", switch_rule="bootstrap", bootstrap_samples=1000)
+    plan_horizon=None, num_samples=512, num_pi_trajs=24, num_elites=64, iterations=6, temperature=0.5, min_std=0.05,
+    max_std=2.0, plan_cost_agg="max", switch_rule="bootstrap", bootstrap_samples=1000)
 
 
 def test_defaults_are_those_of_the_method():

@@ -341,9 +341,9 @@ def test_one_command_line_fits_all_scripts(name):
     """The README's recipe, and every flag of the full agent, is understood by every script."""
     module, fields = VARIANTS[name], {field.name: field for field in dataclasses.fields(full.Args)}
     assert fields.keys() <= {field.name for field in dataclasses.fields(module.Args)}
-    readme = (ROOT / "README.md").read_text()
-    recipes = re.findall(r"python spowl_continuous\.py (--env-id [^\n]*--iterations[^\n]*)", readme)
-    assert recipes
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/trials.md"))
+    recipes = re.findall(r"python spowl_continuous\.py (--env-id [^\n]*--iterations \d+|--preset laptop[^\n`]*)", pages)
+    assert len(recipes) >= 2
     for flags in recipes:
         assert dataclasses.asdict(full.parse_args(flags.split())).items() <= (
             dataclasses.asdict(module.parse_args(flags.split())) | {"exp_name": "spowl_continuous"}).items()

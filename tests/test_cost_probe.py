@@ -1,0 +1,113 @@
+"""benchmark/cost_probe.py and pretrained.py on a run directory made by hand: what is read, left out, asked and kept."""
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from benchmark import cost_probe, pretrained
+from conftest import leaves_equal, random_agent, small_args
+
+import spowl_continuous as spowl
+from spowl_continuous import Transition
+
+ARGS = small_args(num_envs=4, buffer_size=200, obs_transform="log", preset="laptop")  # 50 rows of 4 environments
+STEPS = 60  # ten more than the ring holds
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose ring is full and has begun anew. The first observed number is the step; a step costs where the second
+    is positive."""
+    directory = tmp_path_factory.mktemp("probe") / "run"
+    spowl.make_run_dir(ARGS, directory)
+    rng, buffer = np.random.default_rng(0), spowl.init_buffer(ARGS, 3, 2)
+    zeros = np.zeros(4, np.float32)
+    for step in range(STEPS):
+        obs, action = rng.normal(size=(4, 3)).astype(np.float32), rng.uniform(-1, 1, (4, 2)).astype(np.float32)
+        obs[:, 0] = step
+        cost = (obs[:, 1] > 0).astype(np.float32)
+        buffer = spowl.add(buffer, Transition(obs, action, zeros, cost, obs, zeros, zeros))
+    agent = random_agent(ARGS, 3, 2)
+    counters = {"step": 1200, "completed": 1200, "cost": 10.0, "simulated": 1200, "actions": [], "obs": []}
+    spowl.save_checkpoint(directory, agent, spowl.init_actor(ARGS, jax.random.key(1), 2), buffer, counters)
+    return directory, agent
+
+
+def test_rows_are_read_oldest_first(run):
+    rows, args = cost_probe.load_rows(run[0])
+    assert args == ARGS and rows.obs.shape == (50, 4, 3)
+    assert rows.obs[:, 0, 0].tolist() == list(range(10, 60))
+    few, _ = cost_probe.load_rows(run[0], max_steps=200)
+    assert few.obs[:, 0, 0].tolist() == list(range(10, 20))
+
+
+def test_what_is_stored_transformed_cannot_be_asked_raw(run):
+    rows, args = cost_probe.load_rows(run[0])
+    assert cost_probe.transformed(rows, "log", args) is rows
+    with pytest.raises(SystemExit, match="raw observations"):
+        cost_probe.transformed(rows, "log", dataclasses.replace(args, obs_transform="raw"))
+
+
+def test_raw_rows_are_transformed_by_the_bounds_of_the_task():
+    obs = np.full((2, 1, 60), 0.5, np.float32)
+    rows = Transition(obs, *[None] * 3, obs, None, None)
+    seen = cost_probe.transformed(rows, "raw", dataclasses.replace(ARGS, env_id="SafetyPointGoal1-v0")).next_obs
+    np.testing.assert_allclose(seen[..., 12:], -np.log(0.52), rtol=1e-6)
+    np.testing.assert_allclose(seen[..., :12], np.log(1.5), rtol=1e-6)
+
+
+def test_reading_by_hand(monkeypatch):
+    """Costs 1, 0, 2 of one environment whose episode ends with the second step; Qc reads 4, 5, 6, the head the cost."""
+    column = lambda *values: np.array(values, np.float32)[:, None]
+    cost, done = column(1, 0, 2), column(0, 1, 0)
+    rows = Transition(column(4, 5, 6)[..., None], column(1, 0, 2)[..., None], 0 * cost, cost, None, 0 * cost, done)
+    monkeypatch.setattr(spowl, "encode", lambda args, model, obs: obs)
+    monkeypatch.setattr(spowl, "cost_heads", lambda args, name, z, action: {"cost": action, "qc": z}[name][None, ..., 0])
+    args = small_args(cost_gamma=0.5)
+    area, correlation, read, followed = cost_probe.held_out_reading(args, {"cost": "cost", "qc": "qc"}, rows)
+    expected = [1 + 0.5 * 5, 5.0, 6.0]  # Qc's own reading where an episode is cut
+    assert area == 1.0 and read == 5.0 and followed == pytest.approx(np.mean(expected))
+    assert correlation == pytest.approx(np.corrcoef([4, 5, 6], expected)[0, 1])
+
+
+@pytest.mark.parametrize("learner", [cost_probe.supervised, cost_probe.probe])
+def test_learners_never_see_what_is_asked(run, learner, monkeypatch):
+    """Two environments are left out: their costs may be anything while learning, and decide the reading."""
+    options = cost_probe.Options(run=run[0], updates=200, every=100)
+    rows, args = cost_probe.load_rows(run[0])
+    args = dataclasses.replace(args, learning_rate=3e-3)
+    readings = list(learner("x", args, rows, options))
+    assert [reading[1] for reading in readings] == [100, 200]
+    assert {len(reading) for reading in readings} == {len(cost_probe.COLUMNS)}
+    rows.cost[:, 2:] = 1.0 - rows.cost[:, 2:]
+    turned = list(learner("x", args, rows, options))
+    assert [reading[2] for reading in turned] == pytest.approx([1.0 - reading[2] for reading in readings], abs=2e-4)
+
+
+def test_pretrained_keeps_what_evaluation_needs(run, tmp_path):
+    pretrained.main(pretrained.Options(run[0], tmp_path / "kept"))
+    (path,) = spowl.checkpoints(tmp_path / "kept")
+    assert json.loads((tmp_path / "kept" / "args.json").read_text())["args"] == dataclasses.asdict(ARGS)
+    trees, counters = spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1]})
+    agent = trees["agent"]
+    assert leaves_equal((agent.model, agent.policy, agent.target), (run[1].model, run[1].policy, run[1].target))
+    assert (counters["step"], counters["cost"]) == (1200, 10.0)
+    with pytest.raises(SystemExit, match="not a checkpoint"):
+        spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1], "buffer": spowl.init_buffer(ARGS, 3, 2)})
+
+
+KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/*/args.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_what_is_committed_can_be_evaluated(path):
+    """Its flags are those of today's script and its arrays fit; it is small."""
+    args = spowl.parse_args(["--evaluate", str(path.parent)])
+    template = jax.eval_shape(lambda key: spowl.init_agent(args, key, 60, 2), jax.random.key(0))
+    template = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.zeros(x.shape, x.dtype),
+                            template)
+    spowl.load_checkpoint(path.parent, {"agent": template})
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < 8e6
