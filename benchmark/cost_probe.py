@@ -79,11 +79,11 @@ def held_out_reading(args, model, rows):
     """AUC of the cost heads, correlation of Qc with what followed, and the means of both, on rows (T, E, ...)."""
     z = spowl.encode(args, model, rows.obs)
     cost, qc = (np.asarray(spowl.cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
-    followed = np.array(rows.cost, np.float64)
-    followed[-1] = qc[-1]
-    for t in reversed(range(len(followed) - 1)):
-        ended = np.where(rows.terminated[t] > 0, rows.cost[t], qc[t])
-        followed[t] = np.where(rows.done[t] > 0, ended, followed[t] + args.cost_gamma * followed[t + 1])
+    followed = np.zeros_like(qc)
+    for env in range(qc.shape[1]):
+        for episode in np.split(np.arange(len(qc)), np.flatnonzero(rows.done[:-1, env]) + 1):
+            followed[episode, env] = spowl.cost_to_go(
+                rows.cost[episode, env], rows.terminated[episode, env], qc[episode[-1], env], args.cost_gamma)
     correlation = np.corrcoef(qc.ravel(), followed.ravel())[0, 1] if qc.std() > 0 else 0.0
     return spowl.auc(cost.ravel(), rows.cost.ravel() > 0), correlation, qc.mean(), followed.mean()
 
