@@ -37,7 +37,6 @@ Differs from spowl_continuous.py in
     changed: select_elites - the k feasible of highest return; fewer than k feasible: the k of lowest cost
     changed: decide - executes the plan's action, whatever the values say
     changed: init_actor - there is no reward threshold to log
-    changed: problems - the threshold must be positive
     removed: bootstrap_bounds, prefer_plan - nothing is compared
     flags: plan_threshold, plan_cost_score - new, the threshold d_plan and what it is compared with
     flags: switch_rule, bootstrap_samples - accepted, so that one command line runs every script, but without effect
@@ -62,6 +61,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import fcntl
 import importlib.metadata
 import importlib.util
 import io
@@ -76,11 +76,12 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 from unittest import mock
 
 import jax
@@ -94,20 +95,36 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------------------
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Args:
-    """SPOWL's model and policy under a planner with a fixed cost threshold, whose plan is always executed."""
+def whole(words):
+    """An integer, also written as 1e5."""
+    if float(words[0]) % 1:
+        raise ValueError("must be a whole number")
+    return int(float(words[0]))
 
-    # --- Run
+
+Whole = tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", whole, lambda value: isinstance(value, int), lambda value: [str(value)])
+LARGE = 1e300
+Count = Annotated[int, Whole, (1, LARGE)]  # the range that a value must lie in
+Natural = Annotated[int, Whole, (0, LARGE)]
+Positive = Annotated[float, (1 / LARGE, LARGE)]
+NotNegative = Annotated[float, (0.0, LARGE)]
+Share = Annotated[float, (0.0, 1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is run, and what is written"""
+
     env_id: str = "SafetyPointGoal1-v0"
     """task of Safety-Gymnasium"""
     preset: Literal["paper", "laptop"] = "paper"
     """values of all flags that are not given: the paper's, or PRESETS["laptop"], for two cores and within the hour"""
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's directory"""
-    seed: int = 1
+    seed: Annotated[int, Whole, (0, 2**32 - 1)] = 1
     """seed of every random stream: networks, exploration, batches, environments"""
-    total_timesteps: int = 5_000_000
+    total_timesteps: Count = 5_000_000
     """simulator steps of the whole run, all environments together"""
     runs_dir: str = "runs"
     """directory that receives the run's own directory"""
@@ -124,76 +141,84 @@ class Args:
     evaluate: str | None = None
     """run directory whose newest checkpoint is evaluated, without training"""
 
-    # --- Environment protocol
-    num_envs: int = 10
-    """environments stepped in parallel, each in its own process"""
-    action_repeat: int = 5
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Steps, environments and replay"""
+
+    num_envs: Count = 10
+    """environments stepped in parallel, in as many processes as there are cores"""
+    action_repeat: Count = 5
     """simulator steps per agent step; reward and cost are summed over them"""
-    learning_starts: int = 5_000
+    learning_starts: Natural = 5_000
     """simulator steps with uniformly random actions before the first update"""
-    train_every: int = 5_000
+    train_every: Count = 5_000
     """simulator steps between two blocks of updates"""
-    updates_per_step: float = 1.0
+    updates_per_step: Positive = 1.0
     """updates per agent step collected"""
     obs_transform: Literal["raw", "log"] = "raw"
     """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
-    env_timeout: float = 60.0
-    """seconds after which an environment's process that gives no answer is replaced"""
-    eval_every: int = 50_000
+    env_timeout: Positive = 60.0
+    """seconds after which an environment's process that gives no answer counts as dead"""
+    eval_every: Natural = 50_000
     """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
-    eval_episodes: int = 10
+    eval_episodes: Count = 10
     """whole episodes per evaluation, on environments and seeds of their own"""
-    buffer_size: int = 1_000_000
+    buffer_size: Count = 1_000_000
     """transitions kept for replay, all environments together; the oldest are overwritten"""
 
-    # --- World model (Eq. 5-6)
-    latent_dim: int = 512
+
+@dataclasses.dataclass(frozen=True)
+class WorldModel:
+    """World model (Eq. 5-6)"""
+
+    latent_dim: Count = 512
     """size Z of the latent; a multiple of simnorm_dim"""
-    enc_dim: int = 256
+    enc_dim: Count = 256
     """width of the encoder's hidden layer"""
-    mlp_dim: int = 512
+    mlp_dim: Count = 512
     """width of the two hidden layers of every other network"""
-    simnorm_dim: int = 8
+    simnorm_dim: Count = 8
     """size of the groups in which a latent is normalised by softmax"""
-    num_bins: int = 101
+    num_bins: Annotated[int, Whole, (2, LARGE)] = 101
     """bins M of the discrete regression"""
-    bin_limit: float = 10.0
+    bin_limit: Positive = 10.0
     """the bins span [-bin_limit, bin_limit] in symlog space"""
-    num_q: int = 5
+    num_q: Count = 5
     """heads of the value ensemble Q"""
-    num_c: int = 5
+    num_qc: Count = 5
     """heads K of the cost-value ensemble Qc (Fig. 8)"""
-    num_cost_heads: int = 5
+    num_c: Count = 5
     """heads of the one-step cost ensemble"""
-    dropout: float = 0.01
+    dropout: Annotated[float, (0.0, 0.99)] = 0.01
     """dropout after the first layer of Q and Qc, in their cross-entropies alone"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """sequences per update"""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """step size of Adam, for model and policy"""
-    enc_lr_scale: float = 0.3
+    enc_lr_scale: Positive = 0.3
     """the encoder's step size is learning_rate times this"""
-    grad_clip: float = 20.0
+    grad_clip: Positive = 20.0
     """largest global norm of a gradient, model and policy each on their own"""
-    rho: float = 0.5
+    rho: Annotated[float, (1 / LARGE, 1.0)] = 0.5
     """weight rho^t of step t of the rollout in every loss (the paper's lambda)"""
-    consistency_coef: float = 20.0
+    consistency_coef: NotNegative = 20.0
     """weight of the latent consistency loss"""
-    reward_coef: float = 0.1
+    reward_coef: NotNegative = 0.1
     """weight of the reward cross-entropy"""
-    value_coef: float = 0.1
+    value_coef: NotNegative = 0.1
     """weight of the Q cross-entropy"""
-    cost_coef: float = 0.1
+    cost_coef: NotNegative = 0.1
     """weight of the cost cross-entropy"""
-    cost_value_coef: float = 0.1
+    cost_value_coef: NotNegative = 0.1
     """weight of the Qc cross-entropy"""
-    cost_positive_weight: float = 10.0
+    cost_positive_weight: Positive = 10.0
     """factor on the cost cross-entropy of transitions with cost > 0, which are rare"""
-    gamma: float = 0.975
+    gamma: Share = 0.975
     """discount of reward per agent step"""
-    cost_gamma: float = 0.997
+    cost_gamma: Share = 0.997
     """discount of cost per agent step"""
-    tau: float = 0.01
+    tau: Annotated[float, (1 / LARGE, 1.0)] = 0.01
     """share by which the target networks move after every update"""
     cost_read_out: Literal["symlog", "expectation"] = "symlog"
     """how logits stand for a cost: as for rewards, which reads rare costs low, or as the expectation over [0, C], C the
@@ -201,51 +226,60 @@ class Args:
     cost_target_agg: Literal["min", "mean", "max"] = "mean"
     """how the heads of the target Qc are joined into one cost target (Fig. 7)"""
 
-    # --- Safe policy (Eq. 7-10)
-    entropy_coef: float = 1e-4
+
+@dataclasses.dataclass(frozen=True)
+class SafePolicy:
+    """Safe policy (Eq. 7-10)"""
+
+    entropy_coef: NotNegative = 1e-4
     """weight of the entropy bonus, multiplied by the action dimension"""
     log_std_min: float = -10.0
     """lower bound of the policy's log standard deviation"""
     log_std_max: float = 2.0
     """upper bound of the policy's log standard deviation"""
     cost_limit: float = 0.1
-    """budget b on Qc(z, pi(z))"""
-    lagrangian_heads: int = 5
-    """random heads X <= num_c of Qc that enter the constraint at each update (Fig. 8)"""
+    """budget b on Qc(z, pi(z)), a discounted sum: at a steady cost rate this is b (1 - cost_gamma) 1000 / action_repeat
+    per episode of 1,000 steps, 0.06 with the paper's values and 1 with the laptop's"""
+    lagrangian_heads: Count = 5
+    """random heads X <= num_qc of Qc that enter the constraint at each update (Fig. 8)"""
     lagrangian_agg: Literal["mean", "max"] = "mean"
     """how those heads are joined (Fig. 8)"""
-    lambda_init: float = 1e-6
+    lambda_init: NotNegative = 1e-6
     """first Lagrange multiplier"""
     lambda_max: float = 10.0
     """cap on the Lagrange multiplier"""
-    mu_init: float = 5e-9
+    mu_init: Positive = 5e-9
     """first penalty mu of a run of 1,000,000 updates; a shorter run's is as much larger as its updates are fewer"""
-    mu_growth: float = 5e-6
+    mu_growth: NotNegative = 5e-6
     """nu: the penalty grows by the factor 1 + nu at every update of such a run, by more at every one of a shorter run:
     at the same share of its way every run has the same multiplier under the same violation"""
     mu_max: float = 1.0
     """cap on the penalty"""
 
-    # --- Safe improvement planning (Eq. 11-12, Algorithms 1-2)
-    horizon: int = 3
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """Safe improvement planning (Eq. 11-12, Algorithms 1-2)"""
+
+    horizon: Count = 3
     """agent steps H that a training sequence spans"""
-    plan_horizon: int | None = None
+    plan_horizon: Annotated[int | None, (1, LARGE)] = None
     """agent steps that the planner looks ahead; by default --horizon"""
-    num_samples: int = 512
+    num_samples: Count = 512
     """sequences N scored per iteration, the policy's included"""
-    num_pi_trajs: int = 24
+    num_pi_trajs: Count = 24
     """sequences P among them that are rolled out with the policy"""
-    num_elites: int = 64
+    num_elites: Count = 64
     """most sequences k that the next mean and std are fitted to"""
-    iterations: int = 6
+    iterations: Count = 6
     """refinements of the plan per agent step"""
-    temperature: float = 0.5
+    temperature: NotNegative = 0.5
     """elites are weighted by softmax(temperature * return); 0 gives the paper's plain elites"""
-    min_std: float = 0.05
+    min_std: Positive = 0.05
     """smallest standard deviation of the sampled sequences"""
     max_std: float = 2.0
     """largest and first standard deviation of the sampled sequences"""
-    plan_threshold: float = 5.0
+    plan_threshold: Annotated[float, (1 / LARGE, math.inf)] = 5.0
     """feasible sequences have a cost score below this d_plan; the paper tries 1, 3, 5, 10, 25 with the global score and
     0.01, 0.1, 1 with the local one; inf: no constraint"""
     plan_cost_score: Literal["global", "local"] = "global"
@@ -255,18 +289,55 @@ class Args:
     """how the heads of the one-step cost are joined within the horizon"""
     switch_rule: Literal["bootstrap", "means"] = "bootstrap"
     """without effect: the plan is always executed"""
-    bootstrap_samples: int = 1000
+    bootstrap_samples: Count = 1000
     """without effect: the plan is always executed"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Planning, SafePolicy, WorldModel, Protocol, Experiment):
+    """SPOWL's model and policy under a planner with a fixed cost threshold, whose plan is always executed."""
+
+
+GROUPS = (Experiment, Protocol, WorldModel, SafePolicy, Planning)
 
 
 PRESETS = {
     "paper": {},
     "laptop": dict(
         total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="log",
-        latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, num_c=3, num_cost_heads=3, lagrangian_heads=3,
+        latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, num_qc=3, num_c=3, lagrangian_heads=3,
         batch_size=128, cost_read_out="expectation", cost_gamma=0.95, lambda_max=0.2, mu_init=4.8e-8, mu_growth=5e-6,
         plan_horizon=6, num_samples=128, num_pi_trajs=12, num_elites=16, iterations=4),
 }
+
+
+def rules(args):
+    """What must hold between flags: pairs of whether it does and what to say where it does not."""
+    block, updates = args.num_envs * args.action_repeat, args.train_every / args.action_repeat * args.updates_per_step
+    near = max(round(args.train_every / block), 1) * block
+    return [
+        ("/" not in args.exp_name, "--exp-name must not hold a slash: it becomes part of a directory's name"),
+        (args.latent_dim % args.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim"),
+        (args.train_every % block == 0,
+         f"--train-every must be a multiple of --num-envs x --action-repeat = {block}, for example {near}"),
+        (args.learning_starts >= block * args.horizon,
+         f"--learning-starts must be at least --num-envs x --action-repeat x --horizon = {block * args.horizon}"),
+        (updates % 1 == 0, f"--updates-per-step must make a whole number of updates of {args.train_every} / "
+         f"{args.action_repeat} agent steps"),
+        (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
+        (args.buffer_size // args.num_envs > args.horizon,
+         "--buffer-size must hold more than --horizon transitions per environment"),
+        (args.cost_read_out == "symlog" or args.cost_gamma < 1,
+         "--cost-gamma must be smaller than 1 with --cost-read-out expectation, whose bins end at the largest cost"),
+        (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
+        (args.num_elites <= args.num_samples, "--num-elites must not exceed --num-samples"),
+        (args.lagrangian_heads <= args.num_qc, "--lagrangian-heads must not exceed --num-qc"),
+        (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
+        (args.lambda_init <= args.lambda_max, "--lambda-init must be at most --lambda-max"),
+        (args.mu_init <= args.mu_max, "--mu-init must be at most --mu-max"),
+        (args.log_std_min < args.log_std_max, "--log-std-min must be smaller than --log-std-max"),
+        (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,6 +351,16 @@ def symlog(x):
 def symexp(x):
     """Inverse of symlog."""
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def transform_obs(obs, low, high):
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
+
+    Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
+    gets half of the scale. Unbounded entries become symlog(x); others stay."""
+    near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
+    unbounded = np.sign(obs) * np.log1p(np.abs(obs))
+    return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
 
 
 def two_hot(x, num_bins, limit):
@@ -436,9 +517,9 @@ def init_model(args, key, obs_dim, action_dim):
         "dynamics": init_mlp(key_f, (args.latent_dim, args.mlp_dim, args.mlp_dim, args.latent_dim), action_dim,
                              norm_last=True),
         "reward": head(key_r),
-        "cost": free_of_cost(args, jax.vmap(head)(jax.random.split(key_c, args.num_cost_heads))),
+        "cost": free_of_cost(args, jax.vmap(head)(jax.random.split(key_c, args.num_c))),
         "q": jax.vmap(head)(jax.random.split(key_q, args.num_q)),
-        "qc": free_of_cost(args, jax.vmap(head)(jax.random.split(key_qc, args.num_c))),
+        "qc": free_of_cost(args, jax.vmap(head)(jax.random.split(key_qc, args.num_qc))),
     }
 
 
@@ -824,7 +905,7 @@ def update(args, agent, batch, key):
     q_target, qc_target = td_targets(args, agent.policy, agent.target, batch, next_z, key_target)
     shape = (batch.reward.size, args.mlp_dim)
     keep_q = dropout_mask(args, key_keep_q, (args.num_q, *shape))
-    keep_qc = dropout_mask(args, key_keep_qc, (args.num_c, *shape))
+    keep_qc = dropout_mask(args, key_keep_qc, (args.num_qc, *shape))
     model_grads, (metrics, zs) = jax.grad(world_model_loss, has_aux=True)(
         agent.model, args, batch, next_z, q_target, qc_target, keep_q, keep_qc)
     model_updates, model_opt = model_optimizer(args).update(model_grads, agent.model_opt, agent.model)
@@ -857,7 +938,59 @@ def update_many(args, agent, buffer, num_updates):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Environments: one process each, with the action repeat inside
+# Diagnostics: what the cost heads and Qc knew
+# ----------------------------------------------------------------------------------------------------------------------
+def auc(score, positive):
+    """Area under the ROC curve, (N,) each: how often a positive's score is above another's (a tie is half a time)."""
+    others, positives = np.sort(score[~positive]), score[positive]
+    if not len(others) or not len(positives):
+        return math.nan
+    below = np.searchsorted(others, positives, "left") + np.searchsorted(others, positives, "right")
+    return float(below.mean() / (2 * len(others)))
+
+
+def cost_to_go(cost, terminated, last, gamma):
+    """(T,) -> (T,): the discounted cost that followed each step of an episode; `last` stands for that of the last step
+    unless it terminated."""
+    following = np.array(cost, np.float64)
+    following[-1] = cost[-1] if terminated[-1] else last
+    for t in reversed(range(len(cost) - 1)):
+        following[t] += gamma * following[t + 1]
+    return following
+
+
+def critic_metrics(args, model, episodes):
+    """What the cost heads and Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
+
+    critic/cost_auc: of the one-step cost heads for "this agent step costs". critic/read_..., critic/followed_...: mean
+    Qc(s, a) and mean discounted cost that followed, in states inside a hazard (the step before cost), outside, and
+    before_k: k = 1 to 5 agent steps before a hazard is entered (before_1 is the step that enters)."""
+    rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
+    z = encode(args, model, rows.obs)
+    one_step, qc = (np.asarray(cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
+    read = np.split(qc, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
+    groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
+    for qc, played in zip(read, (episode["played"] for episode in episodes)):
+        followed = cost_to_go(played.cost, played.terminated, qc[-1], args.cost_gamma)
+        costly = played.cost > 0
+        inside = np.concatenate([[False], costly[:-1]])
+        entered = np.flatnonzero(costly & ~inside)
+        chosen = {"inside": inside, "outside": ~inside}
+        for k in range(1, 6):  # k steps ahead nothing but the way to this entry
+            chosen[f"before_{k}"] = [t - k + 1 for t in entered if t >= k - 1 and not inside[t - k + 1:t].any()]
+        for name, where in chosen.items():
+            groups[name][0].extend(qc[where])
+            groups[name][1].extend(followed[where])
+    metrics = {"critic/cost_auc": auc(one_step, rows.cost > 0)}
+    for name, (read, followed) in groups.items():
+        if read:
+            metrics |= {f"critic/read_{name}": np.mean(read), f"critic/followed_{name}": np.mean(followed)}
+    return {tag: value for tag, value in metrics.items() if not math.isnan(value)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From here on, what surrounds the method: the same text in every script (benchmark/sync.py writes it).
+# Environments: a few processes, each with several of them and the action repeat inside
 # ----------------------------------------------------------------------------------------------------------------------
 def import_safety_gymnasium(cheap_sky: bool = True):
     """safety_gymnasium 1.0.0 on Python >= 3.11, NumPy 2 and MuJoCo 3; a gradient sky speeds reset() up 80 times."""
@@ -908,72 +1041,85 @@ def import_safety_gymnasium(cheap_sky: bool = True):
     return safety_gymnasium
 
 
-def transform_obs(obs, low, high):
-    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
-
-    Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
-    gets half of the scale. Unbounded entries become symlog(x); others stay."""
-    near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
-    unbounded = np.sign(obs) * np.log1p(np.abs(obs))
-    return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
-
-
 def episode_seed(seed, stream, env, episode):
     """Seed of one episode, a function of the run's seed, the stream (0 training, 1 evaluation) and two counters."""
     return int(np.random.SeedSequence((seed, stream, env, episode)).generate_state(1)[0])
 
 
-def env_worker(pipe, env_id, action_repeat, seed, stream, index, render, obs_transform="raw"):
-    """Body of an environment's process: answers ("reset", episode), ("step", action in [-1, 1]) and ("render", None).
+def make_env(args, drawn):
+    """One environment of the task, able to draw if `drawn`."""
+    if drawn:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 512, "height": 512} if drawn else {}
+    env = import_safety_gymnasium().make(args.env_id, **options)
+    if len(env.observation_space.shape or ()) != 1:
+        raise ValueError("its observations are not a flat vector")
+    env.reset(seed=0)  # all resets but the first depend on the seed alone (Car differs in the 17th digit)
+    if drawn:
+        env.render()  # now, not at the first evaluation, is the time to fail
+    return env
 
-    An episode that ends is followed by the next one at once: a step's answer holds both the observation to act on and
-    the one that the step itself led to. Whatever goes wrong is sent back as text."""
+
+def env_worker(pipe, args, stream, indices, drawn):
+    """Body of a process that holds the environments `indices`. It answers
+    ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
+    ("step", [action in [-1, 1], ...]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator steps
+    taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
+    ("draw", ...) with a picture of the first one, or None. Whatever goes wrong is sent as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent, episode = os.getppid(), 0
+    parent, episodes, seen, so_far = os.getppid(), {}, {}, {}
+
+    def see(env, obs):
+        low, high = env.observation_space.low, env.observation_space.high
+        return np.asarray(transform_obs(obs, low, high) if args.obs_transform == "log" else obs, np.float32)
+
+    def reset(index, episode):
+        obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
+        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), np.zeros(3)
+
+    def step(index, action):
+        env, before, total = envs[index], seen[index], np.zeros(2)
+        low, high = env.action_space.low, env.action_space.high
+        scaled = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high)
+        for steps in range(1, args.action_repeat + 1):
+            obs, reward, cost, terminated, truncated, _ = env.step(scaled)
+            total += reward, cost
+            if terminated or truncated:
+                break
+        seen[index], so_far[index] = see(env, obs), so_far[index] + [*total.astype(np.float32), steps]
+        row, stats = Transition(before, action, *total, seen[index], terminated, terminated or truncated), so_far[index]
+        if row.done:
+            reset(index, episodes[index] + 1)
+        return Transition(*(np.asarray(x, np.float32) for x in row)), [steps, *stats]
+
     try:
-        options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 256, "height": 256} if render else {}
-        if render and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = import_safety_gymnasium().make(env_id, **options)
-        if len(env.observation_space.shape or ()) != 1:
-            raise ValueError("its observations are not a flat vector")
-        low, high, bounds = env.action_space.low, env.action_space.high, env.observation_space
-        seen = lambda obs: (transform_obs(obs, bounds.low, bounds.high) if obs_transform == "log" else obs).astype(
-            np.float32)
-        env.reset(seed=0)  # all resets but a process's first depend on the seed alone (Car differs in the 17th digit)
-        pipe.send((env.observation_space.shape[0], low.size))
+        envs = {index: make_env(args, drawn and index == 0) for index in indices}
+        pipe.send((envs[indices[0]].observation_space.shape[0], envs[indices[0]].action_space.low.size))
         while True:
             while not pipe.poll(5.0):
                 if os.getppid() != parent:
                     return
-            command, value = pipe.recv()
-            if command == "reset":
-                episode = value
-                obs, _ = env.reset(seed=episode_seed(seed, stream, index, episode))
-                pipe.send(seen(obs))
-            elif command == "step":
-                action = np.clip(low + 0.5 * (value + 1.0) * (high - low), low, high)
-                reward = cost = 0.0
-                for steps in range(1, action_repeat + 1):
-                    obs, step_reward, step_cost, terminated, truncated, _ = env.step(action)
-                    reward, cost = reward + step_reward, cost + step_cost
-                    if terminated or truncated:
-                        break
-                next_obs = obs
-                if terminated or truncated:
-                    episode += 1
-                    obs, _ = env.reset(seed=episode_seed(seed, stream, index, episode))
-                pipe.send((seen(obs), seen(next_obs), reward, cost, terminated, truncated, steps))
-            elif command == "render":
-                pipe.send(env.render())
+            command, values = pipe.recv()
+            if command == "step":
+                rows, stats = zip(*map(step, indices, values))
+                answer = np.stack(list(seen.values())), Transition(*map(np.stack, zip(*rows))), np.array(stats)
+            elif command == "reset":
+                for index, (episode, actions) in zip(indices, values):
+                    reset(index, episode)
+                    for action in actions:
+                        step(index, action)
+                answer = np.stack(list(seen.values()))
             else:
-                return
+                answer = None
+                with contextlib.suppress(Exception):
+                    answer = envs[0].render() if drawn else None  # KeyError in the processes that do not hold it
+            pipe.send(answer)
     except EOFError:
         pass
     except Exception as error:
         with contextlib.suppress(OSError):  # nobody listens any more
-            pipe.send(f"{type(error).__name__}: {error}")
+            pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 class EnvFailure(Exception):
@@ -981,25 +1127,108 @@ class EnvFailure(Exception):
 
 
 class Envs(NamedTuple):
-    """Handles of the environment processes, and their sizes. The three lists change where a process is replaced."""
+    """Handles of the environment processes. The last two lists change where processes are started anew."""
 
     args: Args
     stream: int  # 0 training, 1 evaluation
-    render: bool
-    processes: list
-    pipes: list
-    failures: list  # one text per process that was replaced
-    obs_dim: int
-    action_dim: int
+    drawn: bool
+    groups: list  # of the environments that each process holds
+    workers: list  # (process, pipe)
+    failures: list  # one text for each time that they were started anew
 
 
-class EnvStep(NamedTuple):
-    """What one agent step of every environment gave, as NumPy arrays."""
+START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
+MAX_FAILURES = 10
+DRAWING_HINT = ("; --capture-video needs EGL or OSMesa (Debian: apt-get install libegl1 libgl1-mesa-dri), and a "
+                "MUJOCO_GL that names it or is not set")
 
-    obs: np.ndarray  # (E, O): what to act on next
-    transition: Transition
-    steps: np.ndarray  # (E,): simulator steps taken, fewer than the action repeat where an episode ended
-    restarted: np.ndarray  # (E,): how often the process failed and was replaced; the step is then a new episode's first
+
+def receive(envs, number, timeout=None):
+    """The answer of one process; EnvFailure if it failed, died or gave none in time."""
+    (process, pipe), timeout = envs.workers[number], timeout or envs.args.env_timeout
+    try:
+        answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
+    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+        process.join(timeout=5)
+        answer = f"its process ended with exit code {process.exitcode}"
+    if isinstance(answer, str):
+        which = ", ".join(map(str, envs.groups[number]))
+        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {which} of {envs.args.env_id} (seed "
+                         f"{envs.args.seed}): {answer}")
+    return answer
+
+
+def ask(envs, command, values, timeout=None):
+    """One command to every process, with `values[i]` for environment i -> their answers."""
+    for group, (_, pipe) in zip(envs.groups, envs.workers):
+        with contextlib.suppress(OSError):  # it is dead: `receive` says so
+            pipe.send((command, [values[index] for index in group]))
+    return [receive(envs, number, timeout) for number in range(len(envs.workers))]
+
+
+def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
+    """That many environments, in as many processes as there are cores -> envs, O, A. EnvFailure if one cannot be made.
+
+    Call it before JAX is used (fork copies no threads), or with start_method "spawn"."""
+    groups = np.array_split(np.arange(num_envs), min(num_envs, len(os.sched_getaffinity(0))))
+    envs = Envs(args, stream, drawn, [group.tolist() for group in groups], [], [])
+    return envs, *start_workers(envs, start_method)
+
+
+def start_workers(envs, start_method):
+    context = multiprocessing.get_context(start_method)
+    atexit.register(close_envs, envs)  # Python's own end would wait for them: they ignore SIGTERM
+    for group in envs.groups:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=env_worker, daemon=True,
+                                  args=(theirs, envs.args, envs.stream, group, envs.drawn))
+        process.start()
+        theirs.close()
+        envs.workers.append((process, ours))
+    try:
+        return [receive(envs, number, START_TIMEOUT) for number in range(len(envs.workers))][0]
+    except EnvFailure as failure:
+        close_envs(envs)
+        raise EnvFailure(f"{failure}{DRAWING_HINT * envs.drawn}")
+
+
+def close_envs(envs):
+    """End the environment processes."""
+    for process, pipe in envs.workers:
+        process.kill()
+        process.join()
+        pipe.close()
+    envs.workers.clear()
+
+
+def reset_envs(envs, episodes, taken=None):
+    """Begin episode `episodes[i]` in environment i and take the actions `taken[i]` (T_i, A) in it -> obs (E, O).
+
+    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
+    return np.concatenate(ask(envs, "reset", list(zip(episodes, taken or [[]] * len(episodes))), START_TIMEOUT))
+
+
+def step_envs(envs, action):
+    """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
+    simulator steps taken, then return, cost and length of the episode so far."""
+    obs, rows, stats = zip(*ask(envs, "step", action))
+    return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
+
+
+def restart_envs(envs, episodes, failure):
+    """All processes anew after a failure, at the start of those episodes -> obs (E, O).
+
+    EnvFailure after MAX_FAILURES since `envs.failures` was last emptied."""
+    while len(envs.failures) < MAX_FAILURES:
+        envs.failures.append(str(failure))
+        warn(f"{failure}; all are started anew")
+        close_envs(envs)
+        try:
+            start_workers(envs, "spawn")  # by now JAX has threads, which a fork would copy in whatever state they are
+            return reset_envs(envs, episodes)
+        except EnvFailure as again:
+            failure = again
+    raise EnvFailure(f"{failure} (after {MAX_FAILURES} new starts)")
 
 
 def warn(message):
@@ -1007,277 +1236,135 @@ def warn(message):
     tqdm.write(message, file=sys.stderr)
 
 
-def send(envs, index, command, value):
-    """A command to one environment process; if that is dead, `receive` says so."""
-    try:
-        envs.pipes[index].send((command, value))
-    except OSError:
-        pass
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+def evaluate(args, agent, envs, num_episodes, stopping=(), bar=None):
+    """Play that many whole episodes without exploration noise -> one dict each (return, cost, length, balance, and
+    `played`, a Transition of arrays (T, ...)), and frames of the first one for `write_video`.
 
-
-def receive(envs, index, timeout=None):
-    """The answer of one environment process; EnvFailure if it failed, died or gave none in time."""
-    timeout = timeout or envs.args.env_timeout
-    try:
-        if envs.pipes[index].poll(timeout):
-            answer = envs.pipes[index].recv()
-        else:
-            answer = f"no answer for {timeout:g} seconds"
-    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-        envs.processes[index].join(timeout=5)
-        answer = f"its process ended with exit code {envs.processes[index].exitcode}"
-    if isinstance(answer, str):
-        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {index} of {envs.args.env_id} "
-                         f"(seed {envs.args.seed}): {answer}")
-    return answer
-
-
-def start_env(args, stream, index, render, start_method):
-    """Start the process of one environment -> process, pipe."""
-    context = multiprocessing.get_context(start_method)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=env_worker, daemon=True, args=(
-        theirs, args.env_id, args.action_repeat, args.seed, stream, index, render and index == 0, args.obs_transform))
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
-
-
-def start_envs(args, stream, num_envs, render=False, start_method="fork"):
-    """Start that many environments; with `render` the first one can draw. Call it before JAX is used (fork copies no
-    threads), or with start_method "spawn". EnvFailure if one cannot be made."""
-    started = [start_env(args, stream, index, render, start_method) for index in range(num_envs)]
-    envs = Envs(args, stream, render, *map(list, zip(*started)), [], 0, 0)
-    try:
-        sizes = [receive(envs, index, START_TIMEOUT) for index in range(num_envs)]
-    except EnvFailure:
-        close_envs(envs)
-        raise
-    return envs._replace(obs_dim=sizes[0][0], action_dim=sizes[0][1])
-
-
-MAX_RESTARTS = 10
-
-
-def restart_env(envs, index, episode, failure):
-    """A new process in the place of one that failed, at the start of that episode -> its observation (O,).
-
-    EnvFailure after MAX_RESTARTS since `envs.failures` was last emptied."""
-    while True:
-        envs.failures.append(str(failure))
-        if len(envs.failures) > MAX_RESTARTS:
-            raise EnvFailure(f"{failure} (after {MAX_RESTARTS} restarts)")
-        warn(f"{failure}; restarted in episode {episode}")
-        envs.processes[index].kill()
-        envs.pipes[index].close()
-        # spawned: by now JAX has threads, which a fork would copy in whatever state they are
-        envs.processes[index], envs.pipes[index] = start_env(envs.args, envs.stream, index, envs.render, "spawn")
+    Episode i always has the same seed. Where a process fails, a batch of episodes is played again. Nothing is returned
+    once `stopping` is no longer empty."""
+    episodes, frames, num_envs = [], [], sum(map(len, envs.groups))
+    while len(episodes) < num_episodes:
+        first = len(episodes)
         try:
-            receive(envs, index, START_TIMEOUT)
-            send(envs, index, "reset", int(episode))
-            return receive(envs, index)
-        except EnvFailure as again:
-            failure = again
-
-
-def reset_envs(envs, episodes):
-    """Begin episode number `episodes[i]` in environment i -> observations (E, O)."""
-    for index, episode in enumerate(episodes):
-        send(envs, index, "reset", int(episode))
-    obs = []
-    for index, episode in enumerate(episodes):
-        try:
-            obs.append(receive(envs, index))
+            batch, pictures = play(args, agent, envs, first, min(num_envs, num_episodes - first), stopping)
         except EnvFailure as failure:
-            obs.append(restart_env(envs, index, episode, failure))
-    return np.stack(obs)
+            restart_envs(envs, [first] * num_envs, failure)
+            continue
+        if stopping:
+            return [], []
+        episodes, frames = episodes + batch, frames or pictures
+        if bar is not None:
+            bar.update(len(batch))
+    return episodes, frames
 
 
-def step_envs(envs, obs, action, episodes):
-    """One agent step of every environment from obs (E, O) with action (E, A) in [-1, 1] -> EnvStep.
-
-    A process that fails in episode `episodes[i]` is replaced: the action is the first of the next episode there."""
-    obs, restarted, answers = np.array(obs), np.zeros(len(envs.pipes), int), []
-    for index in range(len(envs.pipes)):
-        send(envs, index, "step", action[index])
-    for index in range(len(envs.pipes)):
-        while len(answers) == index:
-            try:
-                answers.append(receive(envs, index))
-            except EnvFailure as failure:
-                restarted[index] += 1
-                obs[index] = restart_env(envs, index, episodes[index] + restarted[index], failure)
-                send(envs, index, "step", action[index])
-    new_obs, next_obs, reward, cost, terminated, truncated, steps = zip(*answers)
-    flat = lambda values: np.asarray(values, np.float32)
-    transition = Transition(obs, np.asarray(action), flat(reward), flat(cost), np.stack(next_obs), flat(terminated),
-                            flat(np.logical_or(terminated, truncated)))
-    return EnvStep(np.stack(new_obs), transition, np.asarray(steps), restarted)
+def play(args, agent, envs, episode, count, stopping):
+    """What `evaluate` does with one batch: that episode of the first `count` environments, to its end in each."""
+    obs, rows, frames, ends = reset_envs(envs, [episode] * sum(map(len, envs.groups))), [], [], {}
+    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), agent.policy[-1]["b"].size // 2)
+    padded = np.zeros((args.num_envs, obs.shape[1]), np.float32)  # so that `act` is compiled only once
+    while len(ends) < count and not stopping:
+        padded[:len(obs)] = obs
+        action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
+        obs, row, stats = step_envs(envs, np.asarray(action)[:len(obs)])
+        rows.append(row)
+        for index in set(np.flatnonzero(row.done[:count]).tolist()) - set(ends):
+            played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+            plans = float(actor.metrics["charts/balance"][index]) / len(rows)
+            ends[index] = dict(zip(("environment", "return", "cost", "length", "balance", "played"), (
+                episode + index, *stats[index, 1:3].tolist(), int(stats[index, 3]), plans, played)))
+        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", obs)[0]) is not None:
+            frames.append((picture, *stats[0, 1:3]))
+    return [ends[index] for index in sorted(ends)], frames
 
 
-def replay_envs(envs, episodes, actions):
-    """Bring environment i to where it was: episode `episodes[i]` and the actions (T_i, A) taken in it -> obs (E, O).
-
-    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
-    obs = reset_envs(envs, episodes)
-    for t in range(max(map(len, actions))):
-        active = [index for index in range(len(actions)) if t < len(actions[index])]
-        for index in active:
-            send(envs, index, "step", np.asarray(actions[index][t], np.float32))
-        for index in active:
-            obs[index] = receive(envs, index)[0]
-    return obs
+def interval(values):
+    """Bounds of the mean: its 95% bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values)))
+    return np.percentile(drawn.mean(1), [2.5, 97.5])
 
 
-def render_env(envs):
-    """A picture (256, 256, 3) of the first environment, which was started with `render`."""
-    send(envs, 0, "render", None)
-    return receive(envs, 0)
+def summary(episodes, step, cost_rate, wall_time):
+    """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
+    returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
+    (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
+            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
 
 
-def close_envs(envs):
-    """End the environment processes."""
-    for index in range(len(envs.pipes)):
-        send(envs, index, "close", None)
-    for process in envs.processes:
-        process.join(timeout=2)
-        process.kill()
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+class Progress(NamedTuple):
+    """Where a run is, on the host's side."""
+
+    step: int  # simulator steps, all environments together, were no episode ever shorter
+    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
+    simulated: int  # simulator steps really taken
+    cost: float  # of all training so far
+    acts: int  # agent steps that the sums in actor.metrics are over
+    episodes: np.ndarray  # (E,): number of the episode that each environment is in
+    is_first: np.ndarray  # (E,): whether nothing was done in it yet
+    obs: np.ndarray  # (E, O): what to act on next
+    rows: list  # of episodes.csv: every episode that has ended
+    wall_time: float  # seconds, until the run was last started
+
+
+class Run(NamedTuple):
+    """All that a run changes, and all that a checkpoint holds."""
+
+    agent: AgentState
+    actor: Actor
+    buffer: Buffer
+    progress: Progress
+
+
+CHECKPOINT_FORMAT = 2
+COLUMNS = ("split", "step", "environment", "return", "cost", "length")
 
 
 @contextlib.contextmanager
-def open_envs(*arguments):
-    """start_envs, and close_envs however the block is left."""
-    envs = start_envs(*arguments)
-    try:
-        yield envs
-    finally:
-        close_envs(envs)
-
-
-def evaluate(args, agent, envs, num_episodes, stopping=()):
-    """Play that many whole episodes without exploration noise -> one dict per episode, each with its own `played`, a
-    Transition of arrays (T, ...), and pictures of the first one.
-
-    Episode i always has the same seed. The batch is padded to args.num_envs, so that `act` is compiled only once. It is
-    played again if a process fails; nothing is returned once `stopping` is no longer empty."""
-    episodes, frames, num_envs = [], [], len(envs.pipes)
-    for first in range(0, num_episodes, num_envs):
-        running = begin = True
-        while begin or running.any():
-            if stopping:
-                return [], []
-            if begin:
-                actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, first)), envs.action_dim)
-                obs, is_first = reset_envs(envs, [first] * num_envs), np.ones(args.num_envs, bool)
-                totals, running, ended = np.zeros((num_envs, 3)), np.arange(num_envs) < num_episodes - first, []
-                played = []
-                frames = frames if first else []
-            padded = np.zeros((args.num_envs, envs.obs_dim), np.float32)
-            padded[:num_envs] = obs
-            action, actor = act(args, agent, actor, padded, is_first, False)
-            step = step_envs(envs, obs, np.asarray(action)[:num_envs], [first] * num_envs)
-            if begin := bool(np.any(step.restarted)):
-                continue
-            played.append(step.transition)
-            totals += np.stack([step.transition.reward, step.transition.cost, step.steps], -1) * running[:, None]
-            if args.capture_video and first == 0 and running[0] and not step.transition.done[0]:
-                frames.append(render_env(envs))
-            for index in np.flatnonzero(running & (step.transition.done > 0)):
-                plans = float(actor.metrics["charts/balance"][index]) / int(actor.step)
-                ended.append({"environment": first + int(index), "return": totals[index, 0], "cost": totals[index, 1],
-                              "length": int(totals[index, 2]), "balance": plans,
-                              "played": Transition(*(np.stack(x)[:, index] for x in zip(*played)))})
-                running[index] = False
-            obs, is_first = step.obs, np.zeros(args.num_envs, bool)
-        episodes += ended
-    return sorted(episodes, key=lambda episode: episode["environment"]), frames
-
-
-def auc(score, positive):
-    """Area under the ROC curve, (N,) each: how often a positive's score is above another's (a tie is half a time)."""
-    others, positives = np.sort(score[~positive]), score[positive]
-    if not len(others) or not len(positives):
-        return math.nan
-    below = np.searchsorted(others, positives, "left") + np.searchsorted(others, positives, "right")
-    return float(below.mean() / (2 * len(others)))
-
-
-def cost_to_go(cost, terminated, last, gamma):
-    """(T,) -> (T,): the discounted cost that followed each step of an episode; `last` stands for that of the last step
-    unless it terminated."""
-    following = np.array(cost, np.float64)
-    following[-1] = cost[-1] if terminated[-1] else last
-    for t in reversed(range(len(cost) - 1)):
-        following[t] += gamma * following[t + 1]
-    return following
-
-
-def critic_metrics(args, model, episodes):
-    """What the cost heads and Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
-
-    critic/cost_auc: of the one-step cost heads for "this agent step costs". critic/read_..., critic/followed_...: mean
-    Qc(s, a) and mean discounted cost that followed, in states inside a hazard (the step before cost), outside, and
-    before_k: k = 1 to 5 agent steps before a hazard is entered (before_1 is the step that enters)."""
-    rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
-    z = encode(args, model, rows.obs)
-    one_step, qc = (np.asarray(cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
-    read = np.split(qc, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
-    groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
-    for qc, played in zip(read, (episode["played"] for episode in episodes)):
-        followed = cost_to_go(played.cost, played.terminated, qc[-1], args.cost_gamma)
-        costly = played.cost > 0
-        inside = np.concatenate([[False], costly[:-1]])
-        entered = np.flatnonzero(costly & ~inside)
-        chosen = {"inside": inside, "outside": ~inside}
-        for k in range(1, 6):  # k steps ahead nothing but the way to this entry
-            chosen[f"before_{k}"] = [t - k + 1 for t in entered if t >= k - 1 and not inside[t - k + 1:t].any()]
-        for name, where in chosen.items():
-            groups[name][0].extend(qc[where])
-            groups[name][1].extend(followed[where])
-    metrics = {"critic/cost_auc": auc(one_step, rows.cost > 0)}
-    for name, (read, followed) in groups.items():
-        if read:
-            metrics |= {f"critic/read_{name}": np.mean(read), f"critic/followed_{name}": np.mean(followed)}
-    return {tag: value for tag, value in metrics.items() if not math.isnan(value)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints, logs, flags
-# ----------------------------------------------------------------------------------------------------------------------
-def flatten(tree):
-    """A pytree as {path: NumPy array}; typed keys as their data."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return {jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-            for path, leaf in leaves}
-
-
-CHECKPOINT_FORMAT = 1
-
-
-def save_checkpoint(run_dir, agent, actor, buffer, counters):
-    """Write checkpoint_STEP.npz with everything that training needs to go on, and keep the one before it. No pickle.
-
-    It is written beside and then renamed, so a file of that name is whole. OSError if there is no room; then the older
-    ones stay."""
-    filled = buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(buffer.size)], buffer.rows))
-    arrays = flatten({"agent": agent, "actor": actor, "buffer": filled})
-    path, beside = run_dir / f"checkpoint_{counters['step']}.npz", run_dir / "checkpoint.tmp"
+def replacing(path):
+    """A file to write to, which takes the place of `path` once it is whole. OSError if there is no room."""
+    beside = path.with_suffix(".tmp")
     try:
         with open(beside, "wb") as file:
-            np.savez(file, counters=np.array(json.dumps(counters | {"format": CHECKPOINT_FORMAT})), **arrays)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
-    directory = os.open(run_dir, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def flatten(tree):
+    """A pytree as {path: NumPy array}; typed keys as their data."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return {jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_checkpoint(run_dir, run, wall_time):
+    """Write checkpoint_STEP.npz with everything that training needs to go on, without pickle; keep the one before."""
+    buffer = run.buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(run.buffer.size)], run.buffer.rows))
+    counters = run.progress._asdict() | {"wall_time": wall_time, "format": CHECKPOINT_FORMAT}
+    with replacing(run_dir / f"checkpoint_{run.progress.step}.npz") as file:
+        np.savez(file, counters=np.array(json.dumps(counters, default=lambda array: array.tolist())),
+                 **flatten({"agent": run.agent, "actor": run.actor, "buffer": buffer}))
     for old in checkpoints(run_dir)[:-2]:
         old.unlink()
 
@@ -1289,184 +1376,156 @@ def checkpoints(run_dir):
 
 
 def load_checkpoint(run_dir, templates):
-    """Read the trees named in `templates` ({"agent": ..., ...}, arrays of the right shapes) from the newest checkpoint
-    -> trees, counters. SystemExit with one line if there is none, or it is damaged, newer or made with other sizes."""
+    """The trees named in `templates` ({"agent": ..., ...}, of the right shapes) in the newest checkpoint; counters.
+
+    SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
     def restore(leaf_path, leaf):
         name = jax.tree_util.keystr(leaf_path)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(file[name]))
         saved = file[name]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(saved))
         if name.startswith("['buffer'].rows") and saved.shape[1:] == leaf.shape[1:] and len(saved) <= len(leaf):
             saved = np.concatenate([saved, np.zeros((len(leaf) - len(saved), *saved.shape[1:]), saved.dtype)])
         if saved.shape != leaf.shape:
             raise ValueError(f"{name} has shape {saved.shape}, expected {leaf.shape}")
         return jnp.asarray(saved, leaf.dtype)
 
-    found = checkpoints(run_dir)
-    if not found:
+    if not (found := checkpoints(run_dir)):
         raise SystemExit(f"{run_dir} has no checkpoint: the run was killed before its first evaluation, start it anew")
     try:
         with np.load(found[-1], allow_pickle=False) as file:
             counters = json.loads(str(file["counters"]))
-            if counters["format"] > CHECKPOINT_FORMAT:
-                raise ValueError(f"format {counters['format']} of a newer version")
+            if counters["format"] != CHECKPOINT_FORMAT:
+                raise ValueError(f"format {counters['format']} of another version")
             return jax.tree_util.tree_map_with_path(restore, templates), counters
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
         raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
 
 
-def make_run_dir(args, run_dir):
-    """Create the run's directory with args.json: all flags, package versions and the git commit."""
+def make_run_dir(args):
+    """The run's directory, new, with args.json: all flags, package versions, the git commit."""
+    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     packages = ("jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")
-    try:
-        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                         stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or a copied script
-    info = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "git_commit": commit,
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    info = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "git_commit": git.stdout.strip() or None,
             "python": sys.version.split()[0], "packages": {name: importlib.metadata.version(name) for name in packages}}
     try:
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
     except OSError as error:
         raise SystemExit(f"--runs-dir {args.runs_dir}: {error.strerror}: {error.filename}")
+    return run_dir
 
 
-EPISODE_COLUMNS = ("split", "step", "environment", "return", "cost", "length")
-
-
-def append_episodes(path, rows):
-    """Add finished episodes to a csv, which begins with its header: all of them, or none and OSError."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a", newline="") as file:
-            csv.writer(file).writerows(([] if size else [EPISODE_COLUMNS]) + rows)
-    except OSError:
-        os.truncate(path, size)
-        raise
-
-
-def trim_episodes(path, step, completed):
-    """Drop what a resumed run plays again: episodes after `step`, evaluations after `completed`, half a last line
-    -> the training episodes of the cycle that it goes on with."""
-    limit = {"train": step, "eval": completed}
-    if not path.exists():
-        return []  # the disk was full all the time
-    with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(EPISODE_COLUMNS) and row[0] in limit]
-    rows = [[*row[:1], int(row[1]), int(row[2]), float(row[3]), float(row[4]), int(row[5])] for row in rows
-            if int(row[1]) <= limit[row[0]]]
-    beside = path.with_suffix(".tmp")
-    beside.unlink(missing_ok=True)
-    append_episodes(beside, rows)
-    os.replace(beside, path)
-    return [row for row in rows if row[0] == "train" and row[1] > completed]
+def reason(error):
+    """An OSError in one line; some libraries' own have nothing but a text."""
+    return error.strerror or str(error).partition("\n")[0]
 
 
 def attempt(write, *arguments):
-    """Whether `write` found room on the disk; if not, a warning."""
+    """Write, or warn that there is no room on the disk."""
     try:
         write(*arguments)
-        return True
     except OSError as error:
-        warn(f"warning: {error.strerror or error}: {error.filename or 'the run directory'}; training goes on")
-        return False
+        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'}; training goes on")
 
 
-def log(writer, wandb_run, values, step):
-    """Numbers by tag, to TensorBoard and, where tracked, to Weights & Biases."""
+class Logs(NamedTuple):
+    run_dir: Path
+    lock: io.IOBase  # held while the process lives
+    writer: object  # TensorBoard
+    wandb_run: object  # Weights & Biases, or None
+
+
+def open_logs(args, run_dir):
+    """TensorBoard and, with --track, Weights & Biases, where a resumed run goes on -> Logs.
+
+    SystemExit if another process trains in that directory."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+    from tensorboard.summary import Writer
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    file = open(run_dir / "args.json")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process trains in {run_dir}")
+    except OSError:
+        pass  # a file system without locks
+    flags, wandb_run = {name: "" if value is None else value for name, value in vars(args).items()}, None
+    if args.track:
+        wandb_run = importlib.import_module("wandb").init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", config=flags,
+            group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
+    if not args.resume:
+        hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
+        hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
+        hparams.close()
+    return Logs(run_dir, file, Writer(str(run_dir)), wandb_run)
+
+
+def write_logs(logs, values, step):
+    """Numbers by tag."""
     for tag, value in values.items():
-        writer.add_scalar(tag, float(value), step)
-    writer.flush()
+        logs.writer.add_scalar(tag, float(value), step)
+    logs.writer.flush()
+    if logs.wandb_run is not None:
+        logs.wandb_run.log({tag: float(value) for tag, value in values.items()} | {"step": step})
+
+
+def write_video(path, frames, wandb_run=None):
+    """An episode as mp4, one frame (picture, return and cost so far) per agent step."""
+    import imageio
+    from PIL import Image, ImageDraw
+
+    pictures = [Image.fromarray(picture) for picture, _, _ in frames]
+    for picture, (_, total, cost) in zip(pictures, frames):
+        ImageDraw.Draw(picture).text((12, 8), f"return {total:.1f}  cost {cost:.0f}", "white", font_size=24)
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings(action="ignore"):  # of os.fork(), by which imageio starts ffmpeg
+        imageio.mimwrite(path, list(map(np.asarray, pictures)), fps=20, macro_block_size=1)
     if wandb_run is not None:
-        wandb_run.log({tag: float(value) for tag, value in values.items()}, step=step)
+        wandb_run.log({"video": importlib.import_module("wandb").Video(str(path))})
 
 
-def problems(args):
-    """What is wrong with the flags, one sentence each."""
-    block = args.num_envs * args.action_repeat
-    updates = args.train_every / max(args.action_repeat, 1) * args.updates_per_step
-    at_least_one = ("num_envs", "action_repeat", "total_timesteps", "train_every", "eval_episodes", "batch_size",
-                    "latent_dim", "enc_dim", "mlp_dim", "simnorm_dim", "num_q", "num_c", "num_cost_heads", "horizon",
-                    "num_samples", "num_pi_trajs", "num_elites", "iterations", "lagrangian_heads", "bootstrap_samples")
-    not_negative = ("eval_every", "entropy_coef", "consistency_coef", "reward_coef", "value_coef", "cost_coef",
-                    "cost_value_coef", "temperature", "mu_growth")
-    positive = ("env_timeout", "learning_rate", "enc_lr_scale", "grad_clip", "bin_limit", "cost_positive_weight",
-                "min_std", "mu_init", "updates_per_step")
-    flag = lambda name: "--" + name.replace("_", "-")
-    found = [f"{flag(name)} must be a finite number" for name, value in vars(args).items()
-             if isinstance(value, float) and not math.isfinite(value) and name != "plan_threshold"]
-    found += [f"{flag(name)} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
-    found += [f"{flag(name)} must not be negative" for name in not_negative if getattr(args, name) < 0]
-    found += [f"{flag(name)} must be positive" for name in positive if getattr(args, name) <= 0]
-    rules = [
-        (0 <= args.seed < 2**32, "--seed must lie in 0 .. 2^32 - 1"),
-        ("/" not in args.exp_name, "--exp-name must not hold a slash: it becomes part of a directory's name"),
-        (args.num_bins >= 2, "--num-bins must be at least 2"),
-        (args.latent_dim % max(args.simnorm_dim, 1) == 0, "--latent-dim must be a multiple of --simnorm-dim"),
-        (args.train_every % max(block, 1) == 0,
-         f"--train-every must be a multiple of --num-envs x --action-repeat = {block}"),
-        (args.learning_starts >= block * args.horizon,
-         f"--learning-starts must be at least --num-envs x --action-repeat x --horizon = {block * args.horizon}"),
-        (not math.isfinite(updates) or updates % 1 == 0,
-         f"--updates-per-step must make a whole number of updates of {args.train_every} / {args.action_repeat} agent "
-         "steps"),
-        (args.eval_every % max(args.train_every, 1) == 0, "--eval-every must be a multiple of --train-every"),
-        (args.buffer_size // max(args.num_envs, 1) > args.horizon,
-         "--buffer-size must hold more than --horizon transitions per environment"),
-        (args.plan_horizon is None or args.plan_horizon >= 1, "--plan-horizon must be at least 1"),
-        (args.cost_read_out == "symlog" or args.cost_gamma < 1,
-         "--cost-gamma must be smaller than 1 with --cost-read-out expectation, whose bins end at the largest cost"),
-        (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
-        (args.num_elites <= args.num_samples, "--num-elites must not exceed --num-samples"),
-        (args.lagrangian_heads <= args.num_c, "--lagrangian-heads must not exceed --num-c"),
-        (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
-        (args.plan_threshold > 0, "--plan-threshold must be positive (inf: no constraint)"),
-        (0 <= args.gamma <= 1, "--gamma must lie in 0 .. 1"),
-        (0 <= args.cost_gamma <= 1, "--cost-gamma must lie in 0 .. 1"),
-        (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
-        (0 < args.rho <= 1, "--rho must lie in (0, 1]"),
-        (0 <= args.dropout < 1, "--dropout must lie in [0, 1)"),
-        (0 <= args.lambda_init <= args.lambda_max, "--lambda-init must lie in 0 .. --lambda-max"),
-        (args.mu_init <= args.mu_max, "--mu-init must be at most --mu-max"),
-        (args.log_std_min < args.log_std_max, "--log-std-min must be smaller than --log-std-max"),
-        (not args.track or importlib.util.find_spec("wandb"),
-         "--track needs Weights & Biases: python -m pip install wandb"),
-        (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
-    ]
-    return found + [message for holds, message in rules if not holds]
-
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
 FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "capture_video", "track", "wandb_project_name",
                   "wandb_entity", "runs_dir", "resume", "evaluate")
 
 
-def read_flags(argv, default=None):
-    """Args from the command line; SystemExit with one line, the heart of tyro's message, if it cannot be read."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(Args, args=argv, default=default)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()]
-        lines = ["" if line[:1] in "╭╰" or not line.strip("─-") else line for line in lines]  # a box or a rule
-        texts = [" ".join(block.split()) for block in "\n".join(lines).split("\n\n")]
-        texts = [text for text in texts if text and "helptext" not in text]
-        titled = "╭" in errors.getvalue()  # there the title went with the box
-        raise SystemExit("; ".join(texts if titled else texts[1:]) + " (--help explains every flag)")
+def read_flags(argv, default):
+    """Args from the command line, shown in their groups; tyro says what it cannot read."""
+    groups = dataclasses.make_dataclass("Groups", [(group.__name__.lower(), group) for group in GROUPS])
+    take = lambda group: group(**{field.name: getattr(default, field.name) for field in dataclasses.fields(group)})
+    read = tyro.cli(groups, args=argv, default=groups(*map(take, GROUPS)), description=Args.__doc__,
+                    config=(tyro.conf.OmitArgPrefixes,))
+    return Args(**{name: value for group in vars(read).values() for name, value in vars(group).items()})
+
+
+def problems(args):
+    """What is wrong with the flags, one sentence each: values outside their fields' ranges, or else broken rules."""
+    found = []
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        low, high = next((x for x in getattr(hint, "__metadata__", ()) if type(x) is tuple), (-LARGE, LARGE))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            least = "positive" if 0 < low < 1 else f"at least {low:g}"
+            least = least if math.isfinite(value) and low > -LARGE else "a finite number"
+            found.append(f"{flag} must be {least}" + (f" and at most {high:.10g}" if high < LARGE else ""))
+    return found or [message for holds, message in rules(args) if not holds]
 
 
 def parse_args(argv=None):
     """Flags from the command line; with --resume or --evaluate on top of those the run was started with.
 
     SystemExit with one line for each flag that cannot be."""
-    args = read_flags(argv)
+    args = read_flags(argv, Args())
     args = read_flags(argv, dataclasses.replace(args, **PRESETS[args.preset]))
-    run_dir = args.resume or args.evaluate
-    if run_dir:
+    if run_dir := args.resume or args.evaluate:
         try:
             info = json.loads((Path(run_dir) / "args.json").read_text())
             if info["script"] != Path(__file__).stem:
@@ -1476,8 +1535,7 @@ def parse_args(argv=None):
             raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
         args = read_flags(argv, saved)
         free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
-        changed = [field.name for field in dataclasses.fields(Args)
-                   if field.name not in free and getattr(args, field.name) != getattr(saved, field.name)]
+        changed = [name for name in vars(saved) if name not in free and getattr(args, name) != getattr(saved, name)]
         if changed:
             raise SystemExit(f"--{changed[0].replace('_', '-')} cannot differ from the run in {run_dir}")
     if found := problems(args):
@@ -1485,94 +1543,48 @@ def parse_args(argv=None):
     return args
 
 
-def check_env_id(env_id):
-    """SystemExit with the nearest names if Safety-Gymnasium has no such task."""
-    import_safety_gymnasium()
-    import gymnasium
+def check_machine(args):
+    """SystemExit if the task, the place for runs or the login for --track is not there."""
+    try:
+        import_safety_gymnasium()
+        from safety_gymnasium.utils.registration import safe_registry
+    except Exception as error:
+        raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
+    if args.env_id not in safe_registry:
+        flat = [name for name in safe_registry if "Vision" not in name]
+        near = ", ".join(difflib.get_close_matches(args.env_id, flat)) or "for example SafetyPointGoal1-v0"
+        raise SystemExit(f"--env-id {args.env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+    runs_dir = Path(args.runs_dir).absolute()
+    place = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {place} is not a directory that can be written to")
+    if args.track:
+        try:
+            wandb, sent = importlib.import_module("wandb"), os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+            if sent and not wandb.login():
+                raise OSError("nobody is logged in: wandb login, or WANDB_MODE=offline")
+        except Exception as error:  # a broken installation raises anything
+            raise SystemExit(f"--track: Weights & Biases cannot be used: {error}")
 
-    # its copies with Gymnasium's interface put the cost into info
-    names = [name for name in gymnasium.registry if name.startswith("Safety") and "Gymnasium" not in name]
-    if env_id not in names:
-        near = ", ".join(difflib.get_close_matches(env_id, names)) or "for example SafetyPointGoal1-v0"
-        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
 
-
-def check_memory(args, buffer):
-    """SystemExit if a replay buffer of these shapes cannot fit in the memory of JAX's device."""
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
-    statistics = jax.devices()[0].memory_stats() or {}  # a CPU has none
-    there = statistics.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if needed > there:
-        raise SystemExit(f"--buffer-size {args.buffer_size} needs {needed / 2**30:.1f} GiB, {jax.devices()[0]} has "
+def check_device(args, sizes):
+    """SystemExit if JAX has no device, or too small a one for the replay buffer."""
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS asks for what is not there
+        why = str(error).partition("\n")[0]
+        raise SystemExit(f"JAX finds no device: {why} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})")
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, *sizes))))
+    memory = device.memory_stats() or {}  # a CPU has none
+    there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if needed > there and not args.evaluate:
+        raise SystemExit(f"--buffer-size {args.buffer_size} needs {needed / 2**30:.1f} GiB, {device} has "
                          f"{there / 2**30:.1f}: lower it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
-def summary(episodes, step, cost_rate, wall_time):
-    """One line on an evaluation."""
-    returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
-    minutes, seconds = divmod(int(wall_time), 60)
-    return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f}, cost {np.mean(costs):.1f} ± "
-            f"{np.std(costs):.1f} over {len(episodes)} episodes, cost rate {cost_rate:.4f}, "
-            f"balance {np.mean(balance):.0%}, wall time {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
-
-
-def episode_rows(step, episodes):
-    """Evaluation episodes as rows of a csv."""
-    return [["eval", step, *(episode[name] for name in EPISODE_COLUMNS[2:])] for episode in episodes]
-
-
-def start_wandb(args, run_dir):
-    """A run on Weights & Biases."""
-    wandb = importlib.import_module("wandb")
-    return wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name,
-                      config=dataclasses.asdict(args), dir=str(run_dir))
-
-
-def write_video(path, frames):
-    """An episode as mp4, one frame per agent step."""
-    import imageio
-
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimwrite(path, frames, fps=20, macro_block_size=1)
-
-
-def evaluate_run(args):
-    """Evaluate the newest checkpoint of a run -> its episodes, also written to evaluation.csv."""
-    run_dir = Path(args.evaluate)
-    check_env_id(args.env_id)
-    with open_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video) as envs:
-        template = {"agent": init_agent(args, jax.random.key(args.seed), envs.obs_dim, envs.action_dim)}
-        trees, counters = load_checkpoint(run_dir, template)
-        began = time.time()
-        episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes)
-    (run_dir / "evaluation.csv").unlink(missing_ok=True)
-    append_episodes(run_dir / "evaluation.csv", episode_rows(counters["step"], episodes))
-    if frames:
-        write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
-    print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
-    known = critic_metrics(args, trees["agent"].model, episodes)
-    print("  ".join(f"{tag} {value:.2f}" for tag, value in known.items()))
-    return episodes
-
-
-class Progress(NamedTuple):
-    """Where a run is, on the host's side: a checkpoint holds it beside agent, actor and buffer."""
-
-    step: int  # simulator steps, all environments together, were no episode ever shorter
-    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
-    simulated: int  # simulator steps really taken
-    cost: float  # of all training so far
-    acts: int  # agent steps that the sums in actor.metrics are over
-    episodes: np.ndarray  # (E,): number of the episode that each environment is in
-    totals: np.ndarray  # (E, 3): its return, cost and length so far
-    actions: list  # E lists of the actions taken in it
-    obs: np.ndarray  # (E, O): what to act on next
-    wall_time: float  # seconds, until the run was last started
-
-
 def cycle_end(args, completed):
     """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
     following = (completed // args.train_every + 1) * args.train_every
@@ -1587,55 +1599,137 @@ def require_finite(name, values, step):
                          "it is")
 
 
-def collect(args, envs, agent, actor, buffer, progress):
-    """One agent step of every environment -> actor, buffer, progress, rows of ended episodes, seconds spent in act."""
-    began = time.time()
+def begin(args, envs, sizes):
+    """A run at its first moment, or with --resume at that of its newest checkpoint.
+
+    On the same machine and versions its environments are there to the last bit. Where they are not, unfinished
+    episodes are cut."""
+    check_device(args, sizes)
+    key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
+    trees = {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
+             "buffer": init_buffer(args, *sizes)}
+    if not args.resume:
+        first = np.zeros(args.num_envs, int)
+        return Run(**trees, progress=Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0))
+    trees, counters = load_checkpoint(args.resume, trees)
+    if counters["completed"] >= args.total_timesteps:
+        raise SystemExit(f"{args.resume} is at step {counters['step']:,} already: raise --total-timesteps to go on")
+    arrays = {"episodes": int, "is_first": bool, "obs": np.float32}
+    progress = Progress(**{name: np.array(counters[name], arrays[name]) if name in arrays else counters[name]
+                           for name in Progress._fields})
+    run = Run(**trees, progress=progress)
+    if np.array_equal(reset_envs(envs, progress.episodes, unfinished(run.buffer)), progress.obs):
+        return run
+    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
+    return cut(run, reset_envs(envs, progress.episodes + 1))
+
+
+def unfinished(buffer):
+    """E times (T_i, A): the actions taken in the environments' unfinished episodes, as far as the ring has them."""
+    order = np.arange(int(buffer.head) - int(buffer.size), int(buffer.head))  # a negative index is an older row
+    done, actions = np.asarray(buffer.rows.done)[order], np.asarray(buffer.rows.action)[order]
+    return [actions[np.flatnonzero([1, *ends])[-1]:, index] for index, ends in enumerate(done.T)]
+
+
+def cut(run, obs):
+    """The run with all its episodes ended by truncation, before the first step, from obs (E, O), of the next ones."""
+    episodes, first = run.progress.episodes + 1, np.ones(len(obs), bool)
+    return run._replace(buffer=cut_episodes(run.buffer, first), progress=run.progress._replace(
+        episodes=episodes, is_first=first, obs=obs))
+
+
+def collect(args, envs, run):
+    """One agent step of every environment -> run, seconds spent in `act`. Where a process fails, all episodes end by
+    truncation; EnvFailure with the run as its `run` after too many failures."""
+    began, progress, actor, acts = time.time(), run.progress, run.actor, run.progress.acts
     if progress.step < args.learning_starts:
         random = np.random.default_rng((args.seed, 3, progress.step))
-        action, acts = random.uniform(-1.0, 1.0, (args.num_envs, envs.action_dim)).astype(np.float32), 0
+        action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
     else:
-        is_first = np.array([not taken for taken in progress.actions])
-        action, actor = act(args, agent, actor, progress.obs, is_first, True)
-        action, acts = np.asarray(action), progress.acts + 1
-    require_finite("action", action, progress.step)
-    seconds, step = time.time() - began, progress.step + args.num_envs * args.action_repeat
-    result = step_envs(envs, progress.obs, action, progress.episodes)
-    transition = result.transition
-    for name, values in (("observation", result.obs), ("observation", transition.next_obs),
-                         ("reward", transition.reward), ("cost", transition.cost)):
+        action, actor = act(args, run.agent, actor, progress.obs, progress.is_first, True)
+        action, acts = np.asarray(action), acts + 1
+    run, seconds = run._replace(actor=actor, progress=progress._replace(acts=acts)), time.time() - began
+    step = progress.step + args.num_envs * args.action_repeat
+    require_finite("action", action, step)
+    try:
+        obs, row, stats = step_envs(envs, action)
+    except EnvFailure as failure:
+        try:
+            return cut(run, restart_envs(envs, progress.episodes + 1, failure)), seconds
+        except EnvFailure as last:
+            last.run = run  # the one before has given its actor away
+            raise
+    for name, values in {"observation": np.concatenate([obs, row.next_obs], -1), "reward": row.reward,
+                         "cost": row.cost}.items():
         require_finite(name, values, step)
-    if result.restarted.any():
-        buffer = cut_episodes(buffer, result.restarted > 0)
-    buffer = add(buffer, transition)
-    episodes, totals = progress.episodes + result.restarted, progress.totals * (result.restarted == 0)[:, None]
-    totals = totals + np.stack([transition.reward, transition.cost, result.steps], axis=-1)
-    actions = [[*([] if restarted else taken), new] for restarted, taken, new in zip(
-        result.restarted, progress.actions, action)]
-    rows = []
-    for index in np.flatnonzero(transition.done):
-        rows.append(["train", step, int(index), *totals[index, :2].tolist(), int(totals[index, 2])])
-        episodes[index], totals[index], actions[index] = episodes[index] + 1, 0.0, []
-    return actor, buffer, progress._replace(
-        step=step, simulated=progress.simulated + int(result.steps.sum()), acts=acts, episodes=episodes, totals=totals,
-        cost=progress.cost + float(transition.cost.sum()), actions=actions, obs=result.obs), rows, seconds
+    ended = [["train", step, index, *stats[index, 1:3].tolist(), int(stats[index, 3])]
+             for index in np.flatnonzero(row.done).tolist()]
+    return run._replace(buffer=add(run.buffer, row), progress=progress._replace(
+        step=step, simulated=progress.simulated + int(stats[:, 0].sum()), cost=progress.cost + float(row.cost.sum()),
+        acts=acts, episodes=progress.episodes + (row.done > 0), is_first=row.done > 0, obs=obs,
+        rows=progress.rows + ended)), seconds
 
 
-def resume_envs(envs, buffer, saved):
-    """Bring the environments to where a checkpoint left them -> buffer, progress.
+def show(bar, doing):
+    """What takes time now, in the progress bar."""
+    if bar.desc != doing + ": " * bool(doing):
+        bar.set_description(doing)
 
-    On the same machine and versions they are there to the last bit. Where they are not, their episodes are cut: marked
-    in the buffer as ended by truncation, and new ones begin."""
-    progress = Progress(**{name: saved[name] for name in Progress._fields})._replace(
-        episodes=np.array(saved["episodes"]), totals=np.array(saved["totals"]), obs=np.array(saved["obs"], np.float32),
-        actions=[[np.array(action, np.float32) for action in taken] for taken in saved["actions"]])
-    if np.array_equal(replay_envs(envs, progress.episodes, progress.actions), progress.obs):
-        return buffer, progress
-    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
-    unfinished = np.array([len(taken) > 0 for taken in progress.actions])
-    episodes = progress.episodes + unfinished
-    return cut_episodes(buffer, unfinished), progress._replace(
-        episodes=episodes, totals=np.zeros_like(progress.totals), actions=[[] for _ in episodes],
-        obs=reset_envs(envs, episodes))
+
+def cycle(args, envs, run, bar, stopping):
+    """Collect until the next block of updates, then update -> run, numbers by tag, an EnvFailure or None.
+
+    It ends early where `stopping` fills."""
+    began, acting, values, end = time.time(), 0.0, {}, cycle_end(args, run.progress.completed)
+    while run.progress.step < end and not stopping:
+        show(bar, "compiling" if run.progress.step >= args.learning_starts and not int(run.actor.step) else "")
+        try:
+            run, seconds = collect(args, envs, run)
+        except EnvFailure as failure:
+            return failure.run, values, failure
+        acting, _ = acting + seconds, bar.update(run.progress.step - bar.n)
+    collected, step = time.time(), run.progress.step
+    due = int(step // args.action_repeat * args.updates_per_step) if step >= args.learning_starts else 0
+    at_once = math.gcd(int(args.train_every // args.action_repeat * args.updates_per_step), 100)  # the bar moves
+    while int(run.agent.num_updates) + at_once <= due and not stopping:
+        show(bar, "updating" if int(run.agent.num_updates) else "compiling")
+        agent, metrics = update_many(args, run.agent, run.buffer, at_once)
+        run, values = run._replace(agent=agent), jax.device_get(metrics)
+        if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
+            raise SystemExit(f"{', '.join(bad)} not finite at step {step:,}; the last checkpoint stays as it is")
+    total = time.time() - began
+    return run, values | {"time/act": acting / total, "time/env": (collected - began - acting) / total,
+                          "time/update": 1 - (collected - began) / total}, None
+
+
+def report(args, logs, bar, run, values):
+    """Write and show a cycle's numbers -> run, its sums begun anew."""
+    progress, metrics = run.progress, jax.device_get(run.actor.metrics)
+    values |= {tag: np.mean(x) / progress.acts for tag, x in metrics.items() if progress.acts}
+    if rows := [row[3:] for row in progress.rows if row[0] == "train" and row[1] > progress.completed]:
+        tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
+        values |= dict(zip(tags, np.mean(rows, axis=0)))
+    values |= {"charts/cost_rate": progress.cost / progress.simulated}
+    attempt(write_logs, logs, values, progress.step)
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, progress.rows)
+    shown = {"balance": ("charts/balance", ".0%"), "return": ("charts/episodic_return", ".1f"),
+             "cost": ("charts/episodic_cost", ".0f"), "cost_rate": ("charts/cost_rate", ".4f")}
+    bar.set_postfix({name: format(values[tag], form) for name, (tag, form) in shown.items() if tag in values})
+    return run._replace(actor=run.actor._replace(metrics=jax.tree.map(jnp.zeros_like, run.actor.metrics)),
+                        progress=progress._replace(acts=0))
+
+
+def report_evaluation(args, logs, run, episodes, frames):
+    """Write an evaluation -> run, with its episodes among the rows."""
+    step = run.progress.step
+    tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
+    values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
+    attempt(write_logs, logs, values | critic_metrics(args, run.agent.model, episodes), step)
+    if frames:
+        attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
+    rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, rows)
+    return run._replace(progress=run.progress._replace(rows=rows))
 
 
 def train(args, stopping=()):
@@ -1643,141 +1737,89 @@ def train(args, stopping=()):
 
     As soon as the sequence `stopping` is not empty (a signal fills it), the step is finished, a checkpoint written and
     the run left. SystemExit with one line for what cannot go on; EnvFailure if an environment cannot be made."""
-    check_env_id(args.env_id)
-    eval_sizes = min(args.num_envs, args.eval_episodes), args.capture_video
-    with open_envs(args, 0, args.num_envs) as envs, open_envs(args, 1, *eval_sizes) as eval_envs:
-        return learn(args, envs, eval_envs, stopping)  # from here on JAX takes threads
+    check_machine(args)
+    with contextlib.ExitStack() as stack:
+        envs, *sizes = start_envs(args, 0, args.num_envs)
+        stack.callback(close_envs, envs)
+        eval_envs, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+        stack.callback(close_envs, eval_envs)
+        return learn(args, envs, eval_envs, sizes, stopping)  # from here on JAX takes threads
 
 
-def learn(args, envs, eval_envs, stopping):
+def learn(args, envs, eval_envs, sizes, stopping):
     """What `train` does once its environments have started."""
-    from tensorboard.summary import Writer
-
-    # --- Agent, actor, buffer, progress
-    key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
-    agent = init_agent(args, key_agent, envs.obs_dim, envs.action_dim)
-    actor = init_actor(args, key_actor, envs.action_dim)
-    check_memory(args, jax.eval_shape(partial(init_buffer, args, envs.obs_dim, envs.action_dim)))
-    buffer = init_buffer(args, envs.obs_dim, envs.action_dim)
-    if args.resume:
-        run_dir = Path(args.resume)
-        trees, counters = load_checkpoint(run_dir, {"agent": agent, "actor": actor, "buffer": buffer})
-        if counters["completed"] >= args.total_timesteps:
-            raise SystemExit(f"{run_dir} is at step {counters['step']:,} already: raise --total-timesteps to go on")
-        agent, actor = trees["agent"], trees["actor"]
-        buffer, progress = resume_envs(envs, trees["buffer"], counters)
-        rows = trim_episodes(run_dir / "episodes.csv", progress.step, progress.completed)
-    else:
-        run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        make_run_dir(args, run_dir)
-        first, totals, rows = np.zeros(args.num_envs, int), np.zeros((args.num_envs, 3)), []
-        progress = Progress(0, 0, 0, 0.0, 0, first, totals, [[] for _ in first], reset_envs(envs, first), 0.0)
-
-    # --- Logs
-    wandb_run = start_wandb(args, run_dir) if args.track else None
-    writer = Writer(str(run_dir))
-    print(f"{run_dir}: {envs.obs_dim} observations, {envs.action_dim} actions, on {jax.devices()[0]}", flush=True)
+    logs = open_logs(args, Path(args.resume)) if args.resume else None
+    run = begin(args, envs, sizes)
+    logs = logs or open_logs(args, make_run_dir(args))
+    print(f"{logs.run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}", flush=True)
     if args.preset == "paper" and jax.default_backend() == "cpu":
         days = args.total_timesteps * args.mlp_dim**2 / (5e6 * 512**2) * 7  # measured on two cores, to a factor of two
         print(f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one", flush=True)
-    updates_at_once = math.gcd(int(args.train_every // args.action_repeat * args.updates_per_step), 100)
-    num_updates, first_step, began = int(agent.num_updates), progress.step, time.time()
-    shown, unwritten, episodes = {}, [], []  # rows: training episodes of this cycle; unwritten: the disk was full
-    bar = tqdm(total=args.total_timesteps, initial=progress.step, unit="step", unit_scale=True,
+    began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
+    bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
                mininterval=1.0 if sys.stderr.isatty() else 60.0)
-
-    def save():
-        """A checkpoint of this moment, unless the disk is full."""
-        saved = progress._asdict() | {name: getattr(progress, name).tolist() for name in ("episodes", "totals", "obs")}
-        saved["actions"] = [[action.tolist() for action in taken] for taken in progress.actions]
-        saved["wall_time"] += time.time() - began
-        attempt(save_checkpoint, run_dir, agent, actor, buffer, saved)
-
-    try:
-        while progress.completed < args.total_timesteps:
-            cycle_began, acting, values = time.time(), 0.0, {}
-
-            # --- Collect: one agent step of all environments at a time, until the next block of updates
-            while progress.step < cycle_end(args, progress.completed) and not stopping:
-                if progress.step >= args.learning_starts and act._cache_size() == 0:
-                    bar.set_description("compiling the actor")
-                before = progress.step
-                actor, buffer, progress, ended, seconds = collect(args, envs, agent, actor, buffer, progress)
-                rows, unwritten, acting = rows + ended, unwritten + ended, acting + seconds
-                if unwritten and attempt(append_episodes, run_dir / "episodes.csv", unwritten):
-                    unwritten = []
-                bar.update(progress.step - before)
-            collected = time.time()
-
-            # --- Update: in blocks few enough for the bar to move
-            due = int(progress.step // args.action_repeat * args.updates_per_step)
-            due = due if progress.step >= args.learning_starts else 0
-            while num_updates + updates_at_once <= due and not stopping:
-                bar.set_description("updating" if update_many._cache_size() else "compiling the update")
-                agent, metrics = update_many(args, agent, buffer, updates_at_once)
-                values, num_updates = jax.device_get(metrics), num_updates + updates_at_once
-                bar.refresh()
-                if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
-                    raise SystemExit(f"{', '.join(bad)} not finite at step {progress.step:,}; the last checkpoint "
-                                     "stays as it is")
-            if progress.step < cycle_end(args, progress.completed) or num_updates + updates_at_once <= due:
-                break  # stopped
-            updated, step = time.time(), progress.step
+    failure = None
+    with bar:
+        while run.progress.completed < args.total_timesteps:
+            run, values, failure = cycle(args, envs, run, bar, stopping)
+            if stopping or failure:
+                break
+            step = run.progress.step
+            values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
+            run = report(args, logs, bar, run, values)
+            if step == args.total_timesteps or args.eval_every and step % args.eval_every == 0:
+                show(bar, "evaluating")
+                try:
+                    episodes, frames = evaluate(args, run.agent, eval_envs, args.eval_episodes, stopping)
+                except EnvFailure as error:
+                    failure = error
+                if stopping or failure:
+                    break
+                run = report_evaluation(args, logs, run, episodes, frames)
+                run = run._replace(progress=run.progress._replace(completed=step))
+                attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+                bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
+                sys.stdout.flush()  # at once, into a file too
+            run = run._replace(progress=run.progress._replace(completed=step))
             envs.failures.clear()
             eval_envs.failures.clear()
-
-            # --- Log
-            if progress.acts:
-                values |= {tag: np.mean(total) / progress.acts for tag, total in jax.device_get(actor.metrics).items()}
-                actor = actor._replace(metrics=jax.tree.map(jnp.zeros_like, actor.metrics))
-                shown["balance"], progress = f"{values['charts/balance']:.0%}", progress._replace(acts=0)
-            if rows:
-                tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
-                values |= dict(zip(tags, np.mean([row[3:] for row in rows], axis=0)))
-                shown |= {"return": f"{values[tags[0]]:.1f}", "cost": f"{values[tags[1]]:.0f}"}
-            cycle, cost_rate = time.time() - cycle_began, progress.cost / progress.simulated
-            values |= {"time/act": acting / cycle, "time/env": (collected - cycle_began - acting) / cycle,
-                       "time/update": (updated - collected) / cycle, "charts/cost_rate": cost_rate,
-                       "charts/SPS": (step - first_step) / (time.time() - began)}
-            attempt(log, writer, wandb_run, values, step)
-            bar.set_description("")
-            bar.set_postfix(shown | {"cost_rate": f"{cost_rate:.4f}"})
-
-            # --- Evaluate and save
-            if step < args.total_timesteps and not (args.eval_every and step % args.eval_every == 0):
-                progress, rows = progress._replace(completed=step), []
-                continue
-            bar.set_description("evaluating")
-            episodes, frames = evaluate(args, agent, eval_envs, args.eval_episodes, stopping)
-            if stopping:
-                break
-            progress, rows, unwritten = progress._replace(completed=step), [], unwritten + episode_rows(step, episodes)
-            if attempt(append_episodes, run_dir / "episodes.csv", unwritten):
-                unwritten = []
-            tags = {"eval/episodic_return": "return", "eval/episodic_cost": "cost", "eval/balance": "balance"}
-            values = {tag: np.mean([episode[name] for episode in episodes]) for tag, name in tags.items()}
-            values |= critic_metrics(args, agent.model, episodes)
-            attempt(log, writer, wandb_run, values, step)
-            if frames:
-                attempt(write_video, run_dir / "videos" / f"{step}.mp4", frames)
-            save()
-            bar.write(summary(episodes, step, cost_rate, progress.wall_time + time.time() - began))
-            sys.stdout.flush()  # at once, into a file too
-            bar.set_description("")
-        if stopping:
-            save()
-            warn(f"stopped at step {progress.step:,}; go on with --resume {run_dir}")
-        attempt(writer.close)
-    except EnvFailure as failure:
-        save()
-        raise SystemExit(f"{failure}; stopped at step {progress.step:,}, go on with --resume {run_dir}")
-    finally:
-        bar.close()
+    if stopping or failure:
+        attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+        warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}")
+    attempt(logs.writer.close)
+    if failure:
+        raise failure
     return episodes
 
 
-def heed_signals(stopping, at_once):
-    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process, with `at_once` any signal does.
+def evaluate_run(args):
+    """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
+    check_machine(args)
+    run_dir, began = Path(args.evaluate), time.time()
+    envs, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_envs, envs)
+        check_device(args, sizes)
+        template = {"agent": init_agent(args, jax.random.key(args.seed), *sizes)}
+        trees, counters = load_checkpoint(run_dir, template)
+        with tqdm(total=args.eval_episodes, unit="episode") as bar:
+            episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
+    print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
+    for tag, value in critic_metrics(args, trees["agent"].model, episodes).items():
+        print(f"{tag} {value:.3g}")
+    columns = (*COLUMNS, "balance")
+    try:
+        write_csv(run_dir / "evaluation.csv", columns, [
+            ["eval", counters["step"], *(episode[name] for name in columns[2:])] for episode in episodes])
+        if frames:
+            write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
+    except OSError as error:
+        raise SystemExit(f"{run_dir}: {reason(error)}: the lines above were not written to a file")
+    return episodes
+
+
+def heed_signals(stopping):
+    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process.
 
     A thread reads what the C handlers write: Python's own would wait until JAX gives control back."""
     reading, writing = os.pipe()
@@ -1786,7 +1828,7 @@ def heed_signals(stopping, at_once):
     def watch():
         while True:
             for number in os.read(reading, 16):
-                if at_once or stopping and number == signal.SIGINT:
+                if stopping and number == signal.SIGINT:
                     os._exit(128 + number)
                 stopping.append(number)
                 print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
@@ -1799,12 +1841,17 @@ def heed_signals(stopping, at_once):
 
 def main(argv=None):
     """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
+    sys.stdout.reconfigure(errors="replace")  # where there is no "±"
     args, stopping = parse_args(argv), []
-    heed_signals(stopping, at_once=bool(args.evaluate))
     if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
     try:
-        evaluate_run(args) if args.evaluate else train(args, stopping)
+        if args.evaluate:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+            evaluate_run(args)
+        else:
+            heed_signals(stopping)
+            train(args, stopping)
     except EnvFailure as failure:
         raise SystemExit(str(failure))
     if stopping:

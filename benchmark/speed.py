@@ -72,8 +72,8 @@ def update_flops(args, obs_dim, action_dim):
     rows = starts * args.horizon
     head = partial(products, rows, z + action_dim, w, w, bins)
     encoder = partial(products, rows, obs_dim, args.enc_dim, z)
-    targets = encoder() + products(rows, z, w, w, 2 * action_dim) + (2 + args.num_c) * head()
-    trained = 3 * (1 + args.num_cost_heads + args.num_q + args.num_c) * head()
+    targets = encoder() + products(rows, z, w, w, 2 * action_dim) + (2 + args.num_qc) * head()
+    trained = 3 * (1 + args.num_c + args.num_q + args.num_qc) * head()
     dynamics = 3 * products(rows, z + action_dim, w, w, z)
     encoded = 3 * products(starts, obs_dim, args.enc_dim, z) - products(starts, obs_dim, args.enc_dim)
     rows = starts * (args.horizon + 1)
@@ -87,15 +87,15 @@ def plan_flops(args, obs_dim, action_dim):
     """Acting once in all environments: the policy's sequences are scored once; the common first latent is multiplied
     once per network, not once per sequence."""
     z, w, bins, horizon, prior = args.latent_dim, args.mlp_dim, args.num_bins, args.horizon, args.num_pi_trajs
-    networks = 2 + args.num_cost_heads  # reward, dynamics, cost heads: what a step of a sequence passes through
+    networks = 2 + args.num_c  # reward, dynamics, cost heads: what a step of a sequence passes through
     scored = prior + args.iterations * (args.num_samples - prior)
-    step = (1 + args.num_cost_heads) * products(scored, z + action_dim, w, w, bins) + products(
+    step = (1 + args.num_c) * products(scored, z + action_dim, w, w, bins) + products(
         scored, z + action_dim, w, w, z)
     common = networks * products(scored - 1 - args.iterations, z, w)
-    last = products(scored, z, w, w, 2 * action_dim) + (args.num_q + args.num_c) * products(
+    last = products(scored, z, w, w, 2 * action_dim) + (args.num_q + args.num_qc) * products(
         scored, z + action_dim, w, w, bins)
     rollout = horizon * (products(prior, z, w, w, 2 * action_dim) + products(prior, z + action_dim, w, w, z))
-    choice = (args.num_q + args.num_c) * products(2, z + action_dim, w, w, bins)
+    choice = (args.num_q + args.num_qc) * products(2, z + action_dim, w, w, bins)
     return args.num_envs * (products(1, obs_dim, args.enc_dim, z) + horizon * step - common + last + rollout + choice)
 
 
@@ -189,39 +189,40 @@ def random_actions(args, action_dim, steps):
     return np.random.default_rng(0).uniform(-1, 1, (steps, args.num_envs, action_dim)).astype(np.float32)
 
 
-def step_alone(args, index, actions, pipe):
-    """A process that steps one environment and talks to nobody meanwhile; sends how long it took."""
-    env = spowl.import_safety_gymnasium().make(args.env_id)
-    env.reset(seed=0)
+def step_alone(args, indices, actions, pipe):
+    """A process that steps those environments and talks to nobody meanwhile; sends how long it took."""
+    envs = {index: spowl.import_safety_gymnasium().make(args.env_id) for index in indices}
+    for env in envs.values():
+        env.reset(seed=0)
     pipe.send(None)
     pipe.recv()
     began = time.perf_counter()
-    for action in actions[:, index]:
-        for _ in range(args.action_repeat):
-            *_, terminated, truncated, _ = env.step(action)
-            if terminated or truncated:
-                env.reset(seed=index)
-                break
+    for action in actions:
+        for index, env in envs.items():
+            for _ in range(args.action_repeat):
+                *_, terminated, truncated, _ = env.step(action[index])
+                if terminated or truncated:
+                    env.reset(seed=index)
+                    break
     pipe.send(time.perf_counter() - began)
 
 
 def measure_env_step(args, steps=600):
     """Agent steps of all environments with the same random actions -> seconds of one, seconds if no process waited."""
-    envs = spowl.start_envs(args, 0, args.num_envs, False, "spawn")
+    envs, _, action_dim = spowl.start_envs(args, 0, args.num_envs, start_method="spawn")
     try:
-        actions = random_actions(args, envs.action_dim, steps)
-        episodes = np.zeros(args.num_envs, int)
-        obs = spowl.reset_envs(envs, episodes)
+        actions = random_actions(args, action_dim, steps)
+        spowl.reset_envs(envs, [0] * args.num_envs)
         began = time.perf_counter()
         for action in actions:
-            obs = spowl.step_envs(envs, obs, action, episodes).obs
+            spowl.step_envs(envs, action)
         ours = time.perf_counter() - began
     finally:
         spowl.close_envs(envs)
     context, started = multiprocessing.get_context("spawn"), []
-    for index in range(args.num_envs):
+    for indices in envs.groups:
         pipe, theirs = context.Pipe()
-        context.Process(target=step_alone, args=(args, index, actions, theirs), daemon=True).start()
+        context.Process(target=step_alone, args=(args, indices, actions, theirs), daemon=True).start()
         started.append(pipe)
     for message in (None, "go"):
         for pipe in started:
@@ -231,25 +232,22 @@ def measure_env_step(args, steps=600):
 
 def measure_cycle(args, share):
     """That share of a cycle, as `learn` goes through it -> seconds of acting, stepping, updating, of a whole cycle."""
-    envs = spowl.start_envs(args, 0, args.num_envs, False, "spawn")
+    envs, *sizes = spowl.start_envs(args, 0, args.num_envs, start_method="spawn")
     try:
-        agent = spowl.init_agent(args, jax.random.key(0), envs.obs_dim, envs.action_dim)
-        actor = spowl.init_actor(args, jax.random.key(1), envs.action_dim)
-        buffer, episodes = spowl.init_buffer(args, envs.obs_dim, envs.action_dim), np.zeros(args.num_envs, int)
-        progress = spowl.Progress(args.learning_starts, 0, 0, 0.0, 0, episodes, np.zeros((args.num_envs, 3)),
-                                  [[] for _ in episodes], spowl.reset_envs(envs, episodes), 0.0)
+        run = spowl.begin(args, envs, sizes)
+        run = run._replace(progress=run.progress._replace(step=args.learning_starts))
         for _ in range(args.horizon):  # enough to sample from; compiles
-            actor, buffer, progress, *_ = spowl.collect(args, envs, agent, actor, buffer, progress)
+            run, _ = spowl.collect(args, envs, run)
         steps = max(1, round(share * args.train_every / (args.num_envs * args.action_repeat)))
         updates = steps * args.num_envs
-        agent, metrics = spowl.update_many(args, agent, buffer, updates)
+        agent, metrics = spowl.update_many(args, run.agent, run.buffer, updates)
         jax.device_get(metrics)
-        acting, began = 0.0, time.perf_counter()
+        run, acting, began = run._replace(agent=agent), 0.0, time.perf_counter()
         for _ in range(steps):
-            actor, buffer, progress, _, seconds = spowl.collect(args, envs, agent, actor, buffer, progress)
+            run, seconds = spowl.collect(args, envs, run)
             acting += seconds
         collected = time.perf_counter()
-        agent, metrics = spowl.update_many(args, agent, buffer, updates)
+        agent, metrics = spowl.update_many(args, run.agent, run.buffer, updates)
         jax.device_get(metrics)
         parts = acting, collected - began - acting, time.perf_counter() - collected
     finally:
@@ -269,7 +267,7 @@ def grown(args, part):
     for name, values in GROWTH[part].items():
         for value in values:
             value = round(value * getattr(args, name) / values[1])
-            both = {"num_c": value} if name == "num_q" else {}
+            both = {"num_qc": value} if name == "num_q" else {}
             yield name, value, dataclasses.replace(args, **{name: value}, **both)
 
 
@@ -279,9 +277,8 @@ def measure(options):
     yield from rows
     for size in options.sizes:
         args = spowl.Args(env_id=options.env_id, **SIZES[size])
-        probe = spowl.start_envs(args, 0, 1, False, "spawn")
+        probe, *sizes = spowl.start_envs(args, 0, 1, start_method="spawn")
         spowl.close_envs(probe)
-        sizes = probe.obs_dim, probe.action_dim
         share = lambda flops, seconds: flops / seconds / ceiling
         if "update" in options.parts:
             flops = update_flops(args, *sizes)

@@ -23,8 +23,8 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling takes mos
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
 
-SMALL = dict(num_envs=2, buffer_size=40, latent_dim=16, enc_dim=12, mlp_dim=16, num_bins=21, num_q=3, num_c=4,
-             num_cost_heads=2, lagrangian_heads=4, batch_size=8, num_samples=24, num_pi_trajs=5, num_elites=6,
+SMALL = dict(num_envs=2, buffer_size=40, latent_dim=16, enc_dim=12, mlp_dim=16, num_bins=21, num_q=3, num_qc=4,
+             num_c=2, lagrangian_heads=4, batch_size=8, num_samples=24, num_pi_trajs=5, num_elites=6,
              iterations=2, bootstrap_samples=200)
 
 

@@ -21,8 +21,7 @@ STEPS = 60  # ten more than the ring holds
 def run(tmp_path_factory):
     """A run whose ring is full and has begun anew. The first observed number is the step; a step costs where the second
     is positive."""
-    directory = tmp_path_factory.mktemp("probe") / "run"
-    spowl.make_run_dir(ARGS, directory)
+    directory = spowl.make_run_dir(dataclasses.replace(ARGS, runs_dir=str(tmp_path_factory.mktemp("probe"))))
     rng, buffer = np.random.default_rng(0), spowl.init_buffer(ARGS, 3, 2)
     zeros = np.zeros(4, np.float32)
     for step in range(STEPS):
@@ -31,14 +30,15 @@ def run(tmp_path_factory):
         cost = (obs[:, 1] > 0).astype(np.float32)
         buffer = spowl.add(buffer, Transition(obs, action, zeros, cost, obs, zeros, zeros))
     agent = random_agent(ARGS, 3, 2)
-    counters = {"step": 1200, "completed": 1200, "cost": 10.0, "simulated": 1200, "actions": [], "obs": []}
-    spowl.save_checkpoint(directory, agent, spowl.init_actor(ARGS, jax.random.key(1), 2), buffer, counters)
+    progress = spowl.Progress(1200, 1200, 1200, 10.0, 0, np.zeros(4, int), np.zeros(4, bool), obs, [], 0.0)
+    actor = spowl.init_actor(ARGS, jax.random.key(1), 2)
+    spowl.save_checkpoint(directory, spowl.Run(agent, actor, buffer, progress), 0.0)
     return directory, agent
 
 
 def test_rows_are_read_oldest_first(run):
     rows, args = cost_probe.load_rows(run[0])
-    assert args == ARGS and rows.obs.shape == (50, 4, 3)
+    assert args == dataclasses.replace(ARGS, runs_dir=str(run[0].parent)) and rows.obs.shape == (50, 4, 3)
     assert rows.obs[:, 0, 0].tolist() == list(range(10, 60))
     few, _ = cost_probe.load_rows(run[0], max_steps=200)
     assert few.obs[:, 0, 0].tolist() == list(range(10, 20))
@@ -65,7 +65,8 @@ def test_reading_by_hand(monkeypatch):
     cost, done = column(1, 0, 2), column(0, 1, 0)
     rows = Transition(column(4, 5, 6)[..., None], column(1, 0, 2)[..., None], 0 * cost, cost, None, 0 * cost, done)
     monkeypatch.setattr(spowl, "encode", lambda args, model, obs: obs)
-    monkeypatch.setattr(spowl, "cost_heads", lambda args, name, z, action: {"cost": action, "qc": z}[name][None, ..., 0])
+    monkeypatch.setattr(spowl, "cost_heads",
+                        lambda args, name, z, action: {"cost": action, "qc": z}[name][None, ..., 0])
     args = small_args(cost_gamma=0.5)
     area, correlation, read, followed = cost_probe.held_out_reading(args, {"cost": "cost", "qc": "qc"}, rows)
     expected = [1 + 0.5 * 5, 5.0, 6.0]  # Qc's own reading where an episode is cut
@@ -78,7 +79,7 @@ def test_learners_never_see_what_is_asked(run, learner, monkeypatch):
     """Two environments are left out: their costs may be anything while learning, and decide the reading."""
     options = cost_probe.Options(run=run[0], updates=200, every=100)
     rows, args = cost_probe.load_rows(run[0])
-    args = dataclasses.replace(args, learning_rate=3e-3)
+    args = dataclasses.replace(args, learning_rate=3e-3, horizon=1, num_q=1, num_qc=1, num_c=1, lagrangian_heads=1)
     readings = list(learner("x", args, rows, options))
     assert [reading[1] for reading in readings] == [100, 200]
     assert {len(reading) for reading in readings} == {len(cost_probe.COLUMNS)}
@@ -90,7 +91,8 @@ def test_learners_never_see_what_is_asked(run, learner, monkeypatch):
 def test_pretrained_keeps_what_evaluation_needs(run, tmp_path):
     pretrained.main(pretrained.Options(run[0], tmp_path / "kept"))
     (path,) = spowl.checkpoints(tmp_path / "kept")
-    assert json.loads((tmp_path / "kept" / "args.json").read_text())["args"] == dataclasses.asdict(ARGS)
+    assert json.loads((tmp_path / "kept" / "args.json").read_text())["args"] == dataclasses.asdict(ARGS) | {
+        "runs_dir": str(run[0].parent)}
     trees, counters = spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1]})
     agent = trees["agent"]
     assert leaves_equal((agent.model, agent.policy, agent.target), (run[1].model, run[1].policy, run[1].target))

@@ -59,13 +59,13 @@ def test_environments_answer_with_transformed_observations():
     """Both what is acted on and what a step led to, the transform of what a raw environment answers."""
     space, seen = spowl.import_safety_gymnasium().make("SafetyPointGoal1-v0").observation_space, {}
     for how in ("raw", "log"):
-        envs = spowl.start_envs(small_args(num_envs=1, obs_transform=how), 0, 1, start_method="spawn")
+        envs, *_ = spowl.start_envs(small_args(num_envs=1, obs_transform=how), 0, 1, start_method="spawn")
         try:
             first = spowl.reset_envs(envs, [0])
-            step = spowl.step_envs(envs, first, np.full((1, 2), 0.4, np.float32), [0])
+            obs, row, _ = spowl.step_envs(envs, np.full((1, 2), 0.4, np.float32))
         finally:
             spowl.close_envs(envs)
-        seen[how] = np.stack([first, step.transition.obs, step.transition.next_obs, step.obs])
+        seen[how] = np.stack([first, row.obs, row.next_obs, obs])
     np.testing.assert_allclose(seen["log"], transform_obs(seen["raw"], space.low, space.high), rtol=1e-4, atol=1e-5)
     assert np.array_equal(seen["raw"][0], seen["raw"][1]) and not np.array_equal(seen["raw"][1], seen["raw"][2])
 
@@ -123,7 +123,7 @@ def test_a_rare_cost_is_learned_as_its_mean(how, expected):
 def test_costs_start_at_zero(cost_gamma):
     """Whatever the latent and the action, every head of cost and Qc reads nearly 0; the targets too."""
     args = dataclasses.replace(EXPECTATION, cost_gamma=cost_gamma)
-    agent = init_agent(args, jax.random.key(0), 6, 2)
+    agent = jax.jit(init_agent, static_argnums=(0, 2, 3))(args, jax.random.key(0), 6, 2)
     z = encode(args, agent.model, np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32))
     for layers in (agent.model["cost"], agent.model["qc"], agent.target["qc"]):
         read = cost_heads(args, layers, z, jnp.ones((20, 2)))
@@ -144,14 +144,14 @@ def test_bootstrapping_does_not_drift():
 def test_a_constant_cost_is_learned_as_its_sum():
     """The whole update on states that always cost 2 of at most 5: Qc = 2 / (1 - 0.8) = 10, of at most 25."""
     args = small_args(cost_read_out="expectation", cost_gamma=0.8, num_bins=41, learning_rate=1e-2, enc_lr_scale=1.0,
-                      tau=0.2, batch_size=32, num_c=2, lagrangian_heads=2, buffer_size=200)
+                      tau=0.2, batch_size=32, horizon=1, num_q=1, num_qc=2, lagrangian_heads=2, buffer_size=200)
     rng, ones = np.random.default_rng(0), np.ones(2, np.float32)
     buffer, obs = spowl.init_buffer(args, 3, 2), rng.normal(size=(2, 3)).astype(np.float32)
     for _ in range(100):
         following, action = rng.normal(size=(2, 3)).astype(np.float32), rng.uniform(-1, 1, (2, 2)).astype(np.float32)
         buffer = spowl.add(buffer, Transition(obs, action, 0 * ones, 2.0 * ones, following, 0 * ones, 0 * ones))
         obs = following
-    agent = init_agent(args, jax.random.key(0), 3, 2)
+    agent = jax.jit(init_agent, static_argnums=(0, 2, 3))(args, jax.random.key(0), 3, 2)
     for _ in range(11):
         agent, _ = update_many(args, agent, buffer, 100)
     z = encode(args, agent.model, rng.normal(size=(30, 3)).astype(np.float32))

@@ -13,7 +13,7 @@ import spowl_continuous as spowl
 from spowl_continuous import Args, Plan, act, bootstrap_bounds, decide, init_actor, policy_sample, prefer_plan
 
 OBS, ACTIONS = 5, 2
-ARGS = small_args(horizon=2, num_envs=3, num_q=3, num_c=3, num_bins=11, num_samples=14, num_pi_trajs=4, num_elites=3,
+ARGS = small_args(horizon=2, num_envs=3, num_q=3, num_qc=3, num_bins=11, num_samples=14, num_pi_trajs=4, num_elites=3,
                   iterations=2, bootstrap_samples=50, min_std=0.06)  # flags that no other test compiles
 MEANS = dataclasses.replace(ARGS, switch_rule="means")
 

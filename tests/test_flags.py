@@ -1,6 +1,8 @@
 """Command lines that cannot be: each ends with a status other than 0 and one line that names the flag and what it
-should be; and random small ones that can: each runs a cycle."""
+should be, before anything is started; and random small ones that can: each runs a cycle."""
 import dataclasses
+import importlib.util
+import re
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ import spowl_continuous as spowl
 from spowl_continuous import parse_args
 
 AT_LEAST_ONE = """num-envs action-repeat total-timesteps train-every eval-episodes batch-size latent-dim enc-dim mlp-dim
-simnorm-dim num-q num-c num-cost-heads horizon num-samples num-pi-trajs num-elites iterations lagrangian-heads
+simnorm-dim num-q num-qc num-c horizon num-samples num-pi-trajs num-elites iterations lagrangian-heads
 bootstrap-samples""".split()
 POSITIVE = """env-timeout learning-rate enc-lr-scale grad-clip bin-limit cost-positive-weight min-std mu-init
 updates-per-step""".split()
@@ -23,28 +25,32 @@ mu-growth""".split()
 BAD = [(f"--{name} 0", "must be at least 1") for name in AT_LEAST_ONE]
 BAD += [(f"--{name} -5", "must be at least 1") for name in ("num-envs", "batch-size", "horizon")]
 BAD += [(f"--{name} 0", "must be positive") for name in POSITIVE]
-BAD += [(f"--{name} -0.1", "must not be negative") for name in NOT_NEGATIVE]
+BAD += [(f"--{name} -0.1", "must be at least 0") for name in NOT_NEGATIVE]
 BAD += [(f"--{field.name.replace('_', '-')} {value}", "must be a finite number")
-        for field in dataclasses.fields(spowl.Args) if field.type is float for value in ("nan", "inf")]
+        for field in dataclasses.fields(spowl.Args) if type(field.default) is float for value in ("nan", "inf", "-inf")]
 BAD += [
-    ("--seed -1", "0 .. 2^32 - 1"), ("--seed 4294967296", "0 .. 2^32 - 1"),
+    ("--seed -1", "at least 0 and at most 4294967295"), ("--seed 4294967296", "at least 0 and at most 4294967295"),
+    ("--cost-limit 1e305", "must be a finite number"), ("--max-std 1e305", "must be a finite number"),
     ("--learning-starts 100", "at least --num-envs x --action-repeat x --horizon = 150"),
-    ("--train-every 80", "multiple of --num-envs x --action-repeat = 50"),
-    ("--train-every 5000 --num-envs 7", "multiple of --num-envs x --action-repeat = 35"),
+    ("--train-every 80", "multiple of --num-envs x --action-repeat = 50, for example 100"),
+    ("--train-every 5000 --num-envs 7", "multiple of --num-envs x --action-repeat = 35, for example 5005"),
     ("--plan-horizon 0", "must be at least 1"), ("--updates-per-step 0.0015", "a whole number of updates of 5000 / 5"),
     ("--cost-read-out expectation --cost-gamma 1", "smaller than 1"),
-    ("--eval-every 7000", "multiple of --train-every"), ("--eval-every -5000", "must not be negative"),
+    ("--eval-every 7000", "multiple of --train-every"), ("--eval-every -5000", "must be at least 0"),
     ("--buffer-size 30", "more than --horizon transitions per environment"),
     ("--horizon 200000", "--learning-starts must be at least"),
     ("--latent-dim 100", "multiple of --simnorm-dim"), ("--simnorm-dim 7", "multiple of --simnorm-dim"),
-    ("--num-bins 1", "at least 2"), ("--dropout 1", "[0, 1)"), ("--dropout -0.1", "[0, 1)"),
-    ("--gamma 1.5", "0 .. 1"), ("--cost-gamma -0.1", "0 .. 1"), ("--tau 0", "(0, 1]"), ("--tau 1.1", "(0, 1]"),
-    ("--rho 0", "(0, 1]"), ("--rho 2", "(0, 1]"),
+    ("--num-bins 1", "at least 2"), ("--dropout 1", "at least 0 and at most 0.99"),
+    ("--dropout -0.1", "at least 0 and at most 0.99"), ("--learning-starts -1", "must be at least 0"),
+    ("--gamma 1.5", "at least 0 and at most 1"), ("--cost-gamma -0.1", "at least 0 and at most 1"),
+    ("--tau 0", "positive and at most 1"), ("--tau 1.1", "positive and at most 1"),
+    ("--rho 0", "positive and at most 1"), ("--rho 2", "positive and at most 1"),
     ("--num-pi-trajs 512", "smaller than --num-samples"), ("--num-samples 20", "smaller than --num-samples"),
     ("--num-elites 600", "must not exceed --num-samples"), ("--num-samples 50", "must not exceed --num-samples"),
-    ("--lagrangian-heads 6", "must not exceed --num-c"), ("--num-c 3", "must not exceed --num-c"),
+    ("--lagrangian-heads 6", "must not exceed --num-qc"), ("--num-qc 3", "must not exceed --num-qc"),
     ("--min-std 3", "at most --max-std"), ("--max-std 0.01", "at most --max-std"),
-    ("--lambda-init 11", "0 .. --lambda-max"), ("--lambda-max -1", "0 .. --lambda-max"),
+    ("--lambda-init 11", "at most --lambda-max"), ("--lambda-max -1", "at most --lambda-max"),
+    ("--lambda-init -1", "at least 0"),
     ("--mu-init 2", "at most --mu-max"), ("--mu-max 1e-9", "at most --mu-max"),
     ("--log-std-min 3", "smaller than --log-std-max"), ("--exp-name a/b", "must not hold a slash"),
     ("--resume a --evaluate a", "a is not a run directory"),
@@ -53,9 +59,11 @@ BAD += [
 UNREADABLE = [
     ("--switch-rule best", "bootstrap"), ("--preset desktop", "laptop"), ("--obs-transform sqrt", "log"),
     ("--cost-read-out mean", "expectation"), ("--cost-target-agg sum", "min"), ("--lagrangian-agg 5", "mean"),
-    ("--plan-cost-agg median", "max"), ("--num-envs many", "many"), ("--num-envs 2.5", "2.5"), ("--gamma high", "high"),
+    ("--plan-cost-agg median", "max"), ("--num-envs many", "many"), ("--gamma high", "high"),
     ("--seed", "--seed"), ("--no-such-flag 1", "--no-such-flag"), ("--num-env 3", "--num-envs"), ("surplus", "surplus"),
-    ("--capture-video perhaps", "perhaps"), ("--total-timesteps 1e6", "1e6"),
+    ("--capture-video perhaps", "perhaps"), ("--total-timesteps 1.5", "must be a whole number"),
+    ("--num-envs 2.5", "must be a whole number"), ("--num-envs 1e-1", "must be a whole number"),
+    ("--seed nan", "must be a whole number"), ("--batch-size inf", "must be a whole number"),
 ]
 
 
@@ -81,54 +89,153 @@ def test_values_that_cannot_be(words, advice):
 
 
 @pytest.mark.parametrize("words, advice", UNREADABLE)
-def test_words_that_cannot_be_read(words, advice):
-    message = refusal(words)
-    assert "\n" not in message and advice in message and "--help" in message
+def test_words_that_cannot_be_read(words, advice, capsys):
+    """tyro's own message, in a box on stderr: what is wrong, and where to read on."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(words.split())
+    printed = capsys.readouterr()
+    text = " ".join(re.sub("[─│╭╮╰╯]", " ", printed.err).split())
+    assert stop.value.code == 2 and advice in text and "--help" in text and not printed.out
 
 
 def test_all_mistakes_are_told_at_once():
+    """All values outside their ranges; or else all rules between flags that are broken, which need values inside."""
     lines = refusal("--num-envs 0 --tau 2 --num-elites 600").splitlines()
-    assert sorted(line.split()[0] for line in lines) == ["--num-elites", "--num-envs", "--tau"]
+    assert [line.split()[0] for line in lines] == ["--num-envs", "--tau"]
+    lines = refusal("--min-std 3 --num-elites 600").splitlines()
+    assert [line.split()[0] for line in lines] == ["--num-elites", "--min-std"]
 
 
-@pytest.mark.parametrize("words, expected", [
-    (["--num-elites", "600"], ["--num-elites", "--num-samples"]),
-    (["--no-such-flag", "1"], ["--no-such-flag", "--help"]),
-    (["--env-id", "SafetyPointGoal"], ["--env-id", "SafetyPointGoal1-v0"]),
-    (["--env-id", "SafetyPointGoal1Vision-v0"], ["SafetyPointGoal1Vision-v0", "not a flat vector"]),
-    (["--env-id", "CartPole-v1"], ["--env-id", "CartPole-v1"]),
-    (["--runs-dir", "/proc/nowhere"], ["--runs-dir", "/proc/nowhere"]),
-    (["--runs-dir", "/dev/null"], ["--runs-dir", "/dev/null"]),
-    (["--buffer-size", "100000000000"], ["--buffer-size", "GiB"]),
-    (["--track"], ["--track", "pip install wandb"]),
-])
-def test_on_the_command_line(place, words, expected):
-    """What only the task, the disk or the memory can tell: one line as well, nothing left behind."""
-    one_line(command(place, SCRIPT, "--num-envs", 2, "--train-every", 5000, "--runs-dir", place / "never", *words),
-             *expected)
+def test_infinity_is_not_told_to_be_larger():
+    assert "must be positive" not in refusal("--learning-rate inf")
+
+
+@pytest.mark.parametrize("word, expected", [("1e5", 100_000), ("2.5e3", 2500), ("5000.0", 5000), ("12345", 12345)])
+def test_whole_numbers_may_be_written_as_floats(word, expected):
+    args = parse_args(["--total-timesteps", word])
+    assert args.total_timesteps == expected and type(args.total_timesteps) is int
+
+
+@pytest.mark.parametrize("words", ["--train-every 7", "--train-every 80", "--train-every 5020", "--train-every 24999"])
+def test_a_value_that_would_do_is_named(words):
+    (line,) = (line for line in refusal(words).splitlines() if line.startswith("--train-every"))
+    example = line.rpartition("for example ")[2]
+    near = int(words.split()[1])
+    assert parse_args(["--train-every", example]).train_every == int(example) and abs(int(example) - near) <= 50
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What only the task, the disk, the machine can tell
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def refused(monkeypatch):
+    """refused(flags) -> the message that training with them ends with, before the first process is started."""
+    def refuse(*flags):
+        monkeypatch.setattr(spowl, "start_envs", lambda *_: pytest.fail("processes were started"))
+        with pytest.raises(SystemExit) as stop:
+            spowl.train(parse_args([*flags]))
+        assert "\n" not in stop.value.code
+        return stop.value.code
+
+    return refuse
+
+
+@pytest.mark.parametrize("env_id", [
+    "SafetyPointGoal", "CartPole-v1", "SafetyPointGoal1Gymnasium-v0", "SafetyPointGoal1Vision-v1", "PointGoal1Vision",
+    "SafetyPointGoal1Gymnasium-v1", "SafetyCarGoal1-v9", "SafetyDogoGoal1-v0", "safetyantvelocity-v1", "zzz"])
+def test_only_tasks_that_can_be_trained_on_are_offered(refused, env_id):
+    """No pictures, no copies with Gymnasium's interface, which have the cost in info; nothing of Gymnasium itself."""
+    message = refused("--env-id", env_id)
+    assert message.startswith(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean ")
+    offered = re.findall(r"Safety\w+-v\d", message.partition(";")[2])
+    assert offered and not any(kind in name for name in offered for kind in ("Vision", "Gymnasium"))
+    from safety_gymnasium.utils.registration import safe_registry
+
+    assert set(offered) <= safe_registry
+
+
+def test_a_place_that_cannot_hold_runs_is_refused(refused, tmp_path, monkeypatch):
+    """A file, below a file, a directory without permission; one that is still to be made is none of these."""
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "runs"):
+        message = refused("--runs-dir", str(place))
+        assert message == f"--runs-dir {place}: {tmp_path / 'file'} is not a directory that can be written to"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spowl.os, "access", lambda path, mode: path != tmp_path)  # we may be root, who may do all
+        assert f"{tmp_path} is not a directory" in refused("--runs-dir", str(tmp_path / "runs" / "here"))
+    with pytest.raises(SystemExit, match="--runs-dir /proc/nowhere: No such file or directory: /proc/nowhere"):
+        spowl.make_run_dir(parse_args(["--runs-dir", "/proc/nowhere"]))
+    spowl.check_machine(parse_args(["--runs-dir", str(tmp_path / "runs" / "here")]))
+    spowl.check_machine(small_args(evaluate="somewhere", runs_dir=str(tmp_path / "file")))  # writes nothing there
+
+
+def test_a_buffer_that_cannot_fit_is_refused(refused):
+    args = parse_args(["--buffer-size", "1e11"])
+    with pytest.raises(SystemExit, match=r"^--buffer-size 100000000000 needs \d+\.\d GiB, .* has \d+\.\d: lower it$"):
+        spowl.check_device(args, (60, 2))
+    spowl.check_device(dataclasses.replace(args, evaluate="somewhere"), (60, 2))  # needs none
+    spowl.check_device(parse_args([]), (60, 2))
+
+
+@pytest.mark.parametrize("words, variables, expected", [
+    ("", {"MUJOCO_GL": "foo"}, "Safety-Gymnasium cannot be imported: .* MUJOCO_GL: foo"),
+    ("--capture-video", {"MUJOCO_GL": "disable"}, "evaluation environment 0 .*; --capture-video needs EGL or OSMesa"),
+    ("--env-id SafetyPointGoal1Vision-v0", {}, "SafetyPointGoal1Vision-v0 .*not a flat vector"),
+    ("", {"JAX_PLATFORMS": "cuda"}, "JAX finds no device: "),
+    ("", {"JAX_PLATFORMS": "toaster"}, "JAX finds no device: .*toaster")],
+    ids=["MuJoCo", "drawing", "pictures", "CUDA", "no device"])
+def test_on_the_command_line(place, words, variables, expected):
+    """One line before training begins, no traceback, nothing left behind."""
+    if "cuda" in variables.values() and importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("there is CUDA")
+    words = ["--num-envs", 2, "--runs-dir", place / "never", *words.split()]
+    finished = command(place, SCRIPT, *words, **variables)
+    one_line(finished)
+    assert re.search(expected, finished.stderr), finished.stderr
     assert not (place / "never").exists()
 
 
 sizes = st.fixed_dictionaries(dict(
     num_envs=st.integers(1, 3), action_repeat=st.sampled_from([1, 5, 25]), latent_dim=st.sampled_from([8, 24]),
     simnorm_dim=st.sampled_from([2, 4, 8]), enc_dim=st.integers(1, 9), mlp_dim=st.integers(1, 9),
-    num_bins=st.integers(2, 9), num_q=st.integers(1, 3), num_c=st.integers(1, 3), num_cost_heads=st.integers(1, 2),
+    num_bins=st.integers(2, 9), num_q=st.integers(1, 3), num_qc=st.integers(1, 3), num_c=st.integers(1, 2),
     batch_size=st.integers(1, 5), horizon=st.integers(1, 4), num_pi_trajs=st.integers(1, 3), more=st.integers(1, 5),
     iterations=st.integers(1, 2), agg=st.sampled_from(["min", "mean", "max"]), temperature=st.sampled_from([0.0, 0.5]),
     rule=st.sampled_from(["means", "bootstrap"]), dropout=st.sampled_from([0.0, 0.3]), elites=st.integers(1, 4)))
 
 
-@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
-@given(sizes)
-def test_whatever_is_accepted_runs(drawn):
-    """Random small sizes that pass the checks: acting, storing and updating give finite numbers."""
+def drawn_args(drawn):
+    """Flags of random small sizes that pass the checks."""
     samples = drawn.pop("more") + drawn["num_pi_trajs"]
     args = small_args(num_samples=samples, num_elites=min(drawn.pop("elites"), samples),
-                      lagrangian_heads=drawn["num_c"], buffer_size=60, cost_target_agg=drawn.pop("agg"),
+                      lagrangian_heads=drawn["num_qc"], buffer_size=60, cost_target_agg=drawn.pop("agg"),
                       switch_rule=drawn.pop("rule"), learning_starts=1000, **drawn)
-    block = args.num_envs * args.action_repeat
-    args = dataclasses.replace(args, train_every=10 * block, eval_every=0)
+    args = dataclasses.replace(args, train_every=10 * args.num_envs * args.action_repeat, eval_every=0)
     assert spowl.problems(args) == []
+    return args
+
+
+@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow])
+@given(sizes)
+def test_whatever_is_accepted_fits_together(drawn):
+    """Random small sizes: acting and updating lead from arrays of some shapes to arrays of the same shapes."""
+    args = drawn_args(drawn)
+    states = jax.eval_shape(lambda key: (spowl.init_agent(args, key, 3, 2), spowl.init_actor(args, key, 2)),
+                            jax.random.key(0))
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    obs, first = jax.ShapeDtypeStruct((args.num_envs, 3), "float32"), jax.ShapeDtypeStruct((args.num_envs,), bool)
+    action, actor = jax.eval_shape(lambda *given: spowl.act(args, *given, True), *states, obs, first)
+    agent, _ = jax.eval_shape(lambda *given: spowl.update_many(args, *given, 2), states[0],
+                              jax.eval_shape(lambda: spowl.init_buffer(args, 3, 2)))
+    assert action.shape == (args.num_envs, 2) and shapes((agent, actor)) == shapes(states)
+
+
+@pytest.mark.long
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+@given(sizes)
+def test_whatever_is_accepted_runs(drawn):
+    """Acting, storing and updating give finite numbers."""
+    args = drawn_args(drawn)
     agent = spowl.init_agent(args, jax.random.key(0), 3, 2)
     actor, buffer = spowl.init_actor(args, jax.random.key(1), 2), spowl.init_buffer(args, 3, 2)
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from spowl_continuous import (Transition, alive_mask, augmented_lagrangian, poli
 
 OBS, ACTIONS, H, B = 5, 2, 3, 6
 ARGS = small_args(num_bins=11, horizon=H, consistency_coef=3.0, reward_coef=0.7, value_coef=0.4, cost_coef=0.3,
-                  cost_value_coef=0.2, rho=0.6, cost_positive_weight=7.0, gamma=0.9, cost_gamma=0.8, num_q=2, num_c=3)
+                  cost_value_coef=0.2, rho=0.6, cost_positive_weight=7.0, gamma=0.9, cost_gamma=0.8, num_q=2, num_qc=3)
 # one column per sequence: untouched, ends at its first, second, third step, twice, and at its second and third
 DONE = np.array([[0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1]], np.float32)
 TERMINATED = np.array([[0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0]], np.float32)
@@ -43,7 +43,7 @@ def make_batch(seed=0):
 def dropout_masks(seed=1):
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.choice([0.0, 1.25], (k, H * B, ARGS.mlp_dim), p=[0.2, 0.8]), jnp.float32)
-                 for k in (ARGS.num_q, ARGS.num_c))
+                 for k in (ARGS.num_q, ARGS.num_qc))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,9 +368,9 @@ def test_no_gradient_through_the_scale(agent, monkeypatch):
 
 def test_policy_loss_draws_two_heads_of_q_and_x_of_qc(monkeypatch):
     """§4: Q of two random heads, Qc of a random subset of X of K: every combination occurs, none else."""
-    agent = random_agent(spowl.dataclasses.replace(ARGS, num_q=3, num_c=3), OBS, ACTIONS, seed=3)
+    agent = random_agent(spowl.dataclasses.replace(ARGS, num_q=3, num_qc=3), OBS, ACTIONS, seed=3)
     monkeypatch.setattr(spowl, "policy_sample", stand_in_policy_sample)
-    args, model, zs, mask = policy_case(agent, num_q=3, num_c=3, lagrangian_heads=2, lagrangian_agg="mean")
+    args, model, zs, mask = policy_case(agent, num_q=3, num_qc=3, lagrangian_heads=2, lagrangian_agg="mean")
     run, numbers = jax.jit(lambda *inputs: policy_loss(*inputs), static_argnums=1), (0.4, 0.1, 3.0)
     pairs = list(itertools.combinations(range(3), 2))
     by_pair = {pair: np_policy_loss(0.7, args, model, zs, mask, *numbers, pair, pair) for pair in pairs}

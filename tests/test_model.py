@@ -71,7 +71,7 @@ def test_default_sizes():
     """§3-§5: the figures of the tables."""
     args = Args()
     assert (args.latent_dim, args.enc_dim, args.mlp_dim, args.simnorm_dim, args.num_bins) == (512, 256, 512, 8, 101)
-    assert (args.num_q, args.num_c, args.num_cost_heads, args.dropout, args.bin_limit) == (5, 5, 5, 0.01, 10.0)
+    assert (args.num_q, args.num_qc, args.num_c, args.dropout, args.bin_limit) == (5, 5, 5, 0.01, 10.0)
     assert (args.gamma, args.cost_gamma, args.tau, args.rho, args.horizon) == (0.975, 0.997, 0.01, 0.5, 3)
     assert (args.consistency_coef, args.reward_coef, args.value_coef) == (20.0, 0.1, 0.1)
     assert (args.cost_coef, args.cost_value_coef, args.cost_positive_weight) == (0.1, 0.1, 10.0)

@@ -14,7 +14,7 @@ import spowl_continuous as spowl
 from spowl_continuous import evaluate_plans, plan, policy_rollout, select_elites
 
 OBS, ACTIONS, H = 5, 2, 3
-ARGS = small_args(horizon=H, gamma=0.9, cost_gamma=0.8, num_q=3, num_c=4, num_cost_heads=3, num_bins=11, bin_limit=5.0)
+ARGS = small_args(horizon=H, gamma=0.9, cost_gamma=0.8, num_q=3, num_qc=4, num_c=3, num_bins=11, bin_limit=5.0)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from spowl_continuous import (Args, Transition, act, add, encode, heads, init_ac
 
 E = 16
 ARGS = Args(num_envs=E, buffer_size=500 * E, latent_dim=16, enc_dim=32, mlp_dim=32, num_bins=41, bin_limit=2.0, num_q=3,
-            num_c=3, num_cost_heads=2, lagrangian_heads=3, batch_size=64, num_samples=48, num_pi_trajs=12, num_elites=8,
+            num_qc=3, num_c=2, lagrangian_heads=3, batch_size=64, num_samples=48, num_pi_trajs=12, num_elites=8,
             iterations=3, bootstrap_samples=100, horizon=2, gamma=0.6, cost_gamma=0.4, learning_rate=3e-3, tau=0.1,
             lambda_init=0.01, lambda_max=2.0, mu_init=0.02, cost_limit=0.02)
 UPDATES = 50  # per call of update_many

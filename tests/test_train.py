@@ -2,6 +2,9 @@
 import ast
 import csv
 import dataclasses
+import errno
+import fcntl
+import io
 import json
 import os
 import re
@@ -10,6 +13,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -18,20 +22,22 @@ import numpy as np
 import pytest
 
 import spowl_continuous as spowl
-from spowl_continuous import Args, Envs, parse_args
+from spowl_continuous import GROUPS, Args, Envs, Transition, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "spowl_continuous.py"
 TINY = ("--num-envs 2 --learning-starts 500 --train-every 500 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-bins 21 "
         "--num-samples 16 --num-elites 4 --num-pi-trajs 4 --iterations 2 --batch-size 8 --bootstrap-samples 50 "
-        "--num-q 2 --num-c 2 --num-cost-heads 2 --lagrangian-heads 2").split()
+        "--num-q 2 --num-qc 2 --num-c 2 --lagrangian-heads 2").split()
 POINT = TINY + "--total-timesteps 2500 --action-repeat 25 --buffer-size 120 --eval-every 1000 --eval-episodes 2".split()
-SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d, cost (\d+\.\d) ± \d+\.\d over (\d+) episodes, "
+SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d \[-?\d+\.\d, -?\d+\.\d\], "
+                     r"cost (\d+\.\d) ± \d+\.\d \[\d+\.\d, \d+\.\d\] over (\d+) episodes, "
                      r"cost rate (0\.\d{4}), balance \d+%, wall time \d+:\d\d:\d\d")
 TAGS = """charts/episodic_return charts/episodic_cost charts/episodic_length charts/cost_rate charts/SPS charts/balance
-eval/episodic_return eval/episodic_cost losses/consistency losses/reward losses/cost losses/value losses/cost_value
-losses/policy losses/psi losses/total lagrangian/lambda lagrangian/mu lagrangian/violation planner/reward_threshold
-planner/cost_threshold planner/num_improving planner/no_improvement critic/read_outside critic/followed_outside time/env time/act time/update""".split()
+eval/episodic_return eval/episodic_cost eval/balance losses/consistency losses/reward losses/cost losses/value
+losses/cost_value losses/policy losses/psi losses/total lagrangian/lambda lagrangian/mu lagrangian/violation
+planner/reward_threshold planner/cost_threshold planner/num_improving planner/no_improvement critic/read_outside
+critic/followed_outside time/env time/act time/update""".split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,26 +51,29 @@ def environment(place):
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def command(place, *words):
-    """Run python with those words in `place` -> the finished process."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment(place), capture_output=True,
-                          text=True, timeout=1800)
+def command(place, *words, **variables):
+    """Run python with those words in `place`, perhaps with more environment variables -> the finished process."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment(place) | variables,
+                          capture_output=True, text=True, timeout=1800)
 
 
-def run(place, *flags, script=SCRIPT):
+def run(place, *flags, script=SCRIPT, **variables):
     """Run a script, which must succeed."""
-    finished = command(place, script, *flags)
+    finished = command(place, script, *flags, **variables)
     assert finished.returncode == 0, finished.stderr
     assert "Traceback" not in finished.stderr
     return finished
 
 
-def train(place, *flags, script=SCRIPT):
+def train(place, *flags, script=SCRIPT, **variables):
     """Train into a directory of its own -> the run's directory, the finished process."""
     runs = place / f"runs{len(list(place.iterdir()))}"
-    finished = run(place, "--runs-dir", runs, *flags, script=script)
+    finished = run(place, "--runs-dir", runs, *flags, script=script, **variables)
     (directory,) = runs.iterdir()
     return types.SimpleNamespace(dir=directory, stdout=finished.stdout, stderr=finished.stderr)
+
+
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # where the numbers do not matter: compiling takes most of the time
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +98,11 @@ def checkpoint(run_dir):
     return json.loads(str(arrays.pop("counters"))), arrays
 
 
+def args_of(run_dir):
+    """The flags that a run was started with."""
+    return json.loads((run_dir / "args.json").read_text())["args"]
+
+
 def scalars(run_dir):
     """{tag: [(step, value), ...]} of a run's TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,7 +110,7 @@ def scalars(run_dir):
 
     events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0}).Reload()
     return {tag: [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
-            for tag in events.Tags()["tensors"]}
+            for tag in events.Tags()["tensors"] if not tag.startswith("_hparams_/")}
 
 
 def same_arrays(one, other):
@@ -136,6 +150,19 @@ def test_every_tag_is_logged(point):
     logged = scalars(point.dir)
     assert set(TAGS) <= logged.keys()
     assert all(np.isfinite(value) for points in logged.values() for _, value in points)
+
+
+def test_every_flag_is_in_tensorboard(point):
+    """Where its table of hyperparameters looks for them; one that is not given is there as well."""
+    from google.protobuf.json_format import MessageToDict
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    assert len(list(point.dir.glob("events.*.flags"))) == 1
+    plugin = EventAccumulator(str(point.dir)).Reload().SummaryMetadata("_hparams_/session_start_info").plugin_data
+    found = MessageToDict(HParamsPluginData.FromString(plugin.content))["sessionStartInfo"]["hparams"]
+    assert plugin.plugin_name == "hparams"
+    assert found == {name: "" if value is None else value for name, value in args_of(point.dir).items()}
 
 
 def test_the_axis_is_simulator_steps(point):
@@ -183,9 +210,11 @@ def test_checkpoint_counts_what_was_done(point):
     """METHOD §2: one gradient update per agent step collected; 500 steps of random actions."""
     counters, arrays = checkpoint(point.dir)
     assert (counters["step"], counters["simulated"]) == (2500, 2500)
-    assert counters["episodes"] == [1, 1] and np.shape(counters["actions"]) == (2, 10, 2)  # number 0 is over
-    unfinished = [arrays[f"['buffer'].rows.{name}"][40:].sum(0) for name in ("reward", "cost")]
-    np.testing.assert_allclose(counters["totals"], np.stack([*unfinished, [250.0, 250.0]], -1), atol=1e-5)
+    assert counters["episodes"] == [1, 1] and counters["is_first"] == [False, False]  # number 0 is over
+    assert counters.keys() == {*spowl.Progress._fields, "format"} and counters["format"] == spowl.CHECKPOINT_FORMAT
+    columns = spowl.COLUMNS  # the csv is written from these
+    assert [[str(value) for value in row] for row in counters["rows"]] == [
+        [row[name] for name in columns] for row in rows_of(point.dir / "episodes.csv")]
     assert sorted(path.name for path in point.dir.glob("check*")) == ["checkpoint_2000.npz", "checkpoint_2500.npz"]
     assert arrays["['agent'].num_updates"] == 2500 // 25
     assert arrays["['actor'].step"] == (2500 - 500) // 50
@@ -196,6 +225,7 @@ def test_checkpoint_counts_what_was_done(point):
     episodes = [float(row["return"]) for row in rows_of(point.dir / "episodes.csv") if row["split"] == "train"]
     assert np.allclose(rows[:40].sum(0), episodes, atol=1e-4)
     assert (np.flatnonzero(arrays["['buffer'].rows.done"][:, 0]) == [39]).all()
+    assert np.array_equal(counters["obs"], arrays["['buffer'].rows.next_obs"][49])
     assert not list(point.dir.glob("*.tmp"))
 
 
@@ -221,9 +251,9 @@ def test_same_seed_gives_the_same_numbers_and_evaluation_touches_nothing(point, 
     counters, arrays = checkpoint(point.dir)
     other_counters, other_arrays = checkpoint(unevaluated.dir)
     assert same_arrays(arrays, other_arrays)
+    rows, other_rows = (each.pop("rows") for each in (counters, other_counters))
     assert counters | {"wall_time": 0} == other_counters | {"wall_time": 0}
-    rows, other_rows = (rows_of(directory / "episodes.csv") for directory in (point.dir, unevaluated.dir))
-    assert [row for row in rows if row["split"] == "train" or row["step"] == "2500"] == other_rows
+    assert [row for row in rows if row[0] == "train" or row[1] == 2500] == other_rows
 
 
 @pytest.fixture(scope="session")
@@ -276,9 +306,14 @@ def test_evaluation_alone_gives_the_same_episodes_again(point, evaluated):
     """METHOD §2: evaluation has fixed seeds: what training measured last comes out again, in another process, filmed
     or not, whatever the number of episodes."""
     rows, training = rows_of(evaluated.dir / "evaluation.csv"), rows_of(point.dir / "episodes.csv")
-    assert rows[:2] == training[-2:]
+    assert [*rows[0]] == [*training[0], "balance"]
+    assert [{name: row[name] for name in training[0]} for row in rows[:2]] == training[-2:]
     assert [row["environment"] for row in rows] == ["0", "1", "2"] and len({row["return"] for row in rows}) == 3
     assert SUMMARY.search(evaluated.stdout).group(1, 4) == ("2,500", "3")
+    assert f"balance {np.mean([float(row['balance']) for row in rows]):.0%}," in evaluated.stdout
+    known = dict(line.split() for line in evaluated.stdout.splitlines() if line.startswith("critic/"))
+    assert {"critic/read_outside", "critic/followed_outside"} <= known.keys()
+    assert all(np.isfinite(float(value)) for value in known.values())
 
 
 def test_evaluation_alone_changes_nothing_else(point, evaluated):
@@ -288,15 +323,37 @@ def test_evaluation_alone_changes_nothing_else(point, evaluated):
 
 @pytest.mark.filterwarnings("ignore:os.fork")  # by imageio, which starts ffmpeg
 def test_video_shows_the_first_episode(evaluated):
-    """One picture of 256x256 per agent step but the last, and the scene moves."""
+    """One picture of 512x512 per agent step but the last, and the scene moves."""
     if not evaluated.draws:
         pytest.skip(f"MuJoCo cannot draw without a screen here: {evaluated.reason}")
     import imageio
 
     frames = np.stack(imageio.mimread(evaluated.dir / "videos" / "evaluation_2500.mp4", memtest=False)).astype(float)
-    assert frames.shape == (39, 256, 256, 3)
+    assert frames.shape == (39, 512, 512, 3)
     assert frames.std(axis=(1, 2, 3)).min() > 10.0
     assert np.abs(frames[0] - frames[-1]).max() > 30.0
+
+
+def test_a_video_tells_return_and_cost_and_warns_of_nothing(tmp_path):
+    """JAX has threads here, so that starting ffmpeg by os.fork() would be warned of; text in a corner alone."""
+    import imageio
+
+    jax.devices()
+    black, logged = np.zeros((512, 512, 3), np.uint8), []
+    wandb_run = types.SimpleNamespace(log=logged.append)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        spowl.write_video(tmp_path / "videos" / "5.mp4", [(black, 1.0, 0.0), (black, -2.5, 30.0), (black, -2.5, 30.0)])
+    assert [str(warning.message) for warning in told] == []
+    with warnings.catch_warnings(action="ignore"):
+        frames = np.stack(imageio.mimread(tmp_path / "videos" / "5.mp4", memtest=False)).astype(float)
+    assert frames.shape == (3, 512, 512, 3) and frames[:, :40, :250].max() > 200 and frames[:, 50:].max() < 20
+    first, second, third = frames[:, :40, :300]
+    assert np.abs(first - second).max() > 150 > 30 > np.abs(second - third).max()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", types.SimpleNamespace(Video=lambda path: ("video", path)))
+        spowl.write_video(tmp_path / "6.mp4", [(black, 1.0, 0.0)], wandb_run)
+    assert logged == [{"video": ("video", str(tmp_path / "6.mp4"))}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +361,7 @@ def test_video_shows_the_first_episode(evaluated):
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def resumed(place, point):
-    """A copy of the run after it was stopped later than its checkpoint, gone on with to 4500 steps."""
+    """A copy of the run after it was killed later than its checkpoint, gone on with to 4500 steps."""
     directory = place / "resumed" / point.dir.name
     shutil.copytree(point.dir, directory)
     with open(directory / "episodes.csv", "a") as file:
@@ -334,7 +391,7 @@ def test_resumed_counters_and_cost_rate_go_on(point, resumed):
     assert after["wall_time"] > before["wall_time"]
     assert (arrays["['agent'].num_updates"], arrays["['actor'].step"]) == (180, 80)
     costs = [float(row["cost"]) for row in rows_of(resumed.dir / "episodes.csv") if row["split"] == "train"]
-    assert after["cost"] == sum(costs) + sum(np.array(after["totals"])[:, 1])
+    assert after["cost"] == sum(costs) + arrays["['buffer'].rows.cost"][20:30].sum()  # the ring has begun anew
     assert np.isclose(scalars(resumed.dir)["charts/cost_rate"][-1][1], after["cost"] / 4500, rtol=1e-5)
 
 
@@ -356,10 +413,6 @@ def one_line(finished, *words):
     lines = [line for line in finished.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and "Traceback" not in finished.stderr, finished.stderr
     assert all(str(word) in lines[0] for word in words), lines[0]
-
-
-def test_a_finished_run_is_not_resumed(place, evaluated):
-    one_line(command(place, SCRIPT, "--resume", evaluated.dir), evaluated.dir, "--total-timesteps")
 
 
 @pytest.mark.parametrize("flag, value", [
@@ -403,7 +456,7 @@ def start_and_evaluate(place, *flags):
 
 def test_an_interrupted_run_says_how_to_go_on(place):
     """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
-    process = start_and_evaluate(place, "--runs-dir", place / "interrupted", *POINT, "--total-timesteps", "9000000")
+    process = start_and_evaluate(place, "--runs-dir", place / "interrupted", *POINT)
     try:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
         _, stderr = process.communicate(timeout=300)
@@ -411,7 +464,7 @@ def test_an_interrupted_run_says_how_to_go_on(place):
         process.kill()
     assert process.returncode == 130 and "Traceback" not in stderr and "--resume" in stderr
     (directory,) = (place / "interrupted").iterdir()
-    assert checkpoint(directory)[0]["step"] >= 1000
+    assert 1000 <= checkpoint(directory)[0]["step"] < 2500
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -420,11 +473,16 @@ def test_an_interrupted_run_says_how_to_go_on(place):
 @pytest.fixture
 def copied(place, point, tmp_path, monkeypatch):
     """A copy of the run to spoil, with no simulator started when it is evaluated in this process."""
-    monkeypatch.setattr(spowl, "check_env_id", lambda env_id: None)
-    monkeypatch.setattr(spowl, "start_envs", lambda args, *rest: Envs(args, 1, False, [], [], [], 60, 2))
+    monkeypatch.setattr(spowl, "check_machine", lambda args: None)
+    monkeypatch.setattr(spowl, "start_envs", lambda args, *rest: (Envs(args, 1, False, [[0, 1]], [], []), 60, 2))
     directory = tmp_path / "run"
     shutil.copytree(point.dir, directory)
     return directory
+
+
+def evaluate_again(directory):
+    """--evaluate in this process."""
+    return spowl.evaluate_run(parse_args(["--evaluate", str(directory)]))
 
 
 def change_flags(directory, **changes):
@@ -465,6 +523,11 @@ def rewrite(path, change):
         np.savez(file, **change(arrays))
 
 
+def change_counters(path, change):
+    change_text = lambda text: np.array(json.dumps(change(json.loads(str(text)))))
+    rewrite(path, lambda arrays: arrays | {"counters": change_text(arrays["counters"])})
+
+
 SPOILED = {
     "nothing there": lambda run, file: shutil.rmtree(run),
     "another directory": lambda run, file: (run / "args.json").unlink(),
@@ -475,8 +538,9 @@ SPOILED = {
     "another script's run": lambda run, file: change_info(run, lambda info: info | {"script": "spowl_plan_only"}),
     "an unknown flag": lambda run, file: change_flags(run, colour="red"),
     "no checkpoint": lambda run, file: [path.unlink() for path in run.glob("checkpoint_*")],
-    "a checkpoint of a newer version": lambda run, file: rewrite(file, lambda arrays: arrays | {
-        "counters": np.array(json.dumps(json.loads(str(arrays["counters"])) | {"format": 2}))}),
+    "a checkpoint of a newer version": lambda run, file: change_counters(file, lambda found: found | {"format": 3}),
+    "a checkpoint of an older version": lambda run, file: change_counters(file, lambda found: found | {"format": 1}),
+    "a checkpoint of no version": lambda run, file: change_counters(file, lambda found: without(found, "format")),
     "an empty checkpoint": lambda run, file: file.write_bytes(b""),
     "a truncated checkpoint": lambda run, file: file.write_bytes(file.read_bytes()[:-1000]),
     "half a checkpoint": lambda run, file: file.write_bytes(file.read_bytes()[:file.stat().st_size // 2]),
@@ -505,9 +569,10 @@ def npy_bytes():
 def test_what_is_no_run_is_refused_in_one_line(copied, what):
     SPOILED[what](copied, newest(copied))
     with pytest.raises(SystemExit) as stop:
-        spowl.main(["--evaluate", str(copied)])
+        evaluate_again(copied)
     message = str(stop.value)
     assert str(copied) in message and "\n" not in message
+    assert ("of another version" in message) == (what.startswith("a checkpoint of") and what[-10:] != "no version")
     assert not (copied / "unpickled").exists()
 
 
@@ -540,16 +605,167 @@ def test_a_loaded_checkpoint_holds_what_was_saved(copied):
         filled = array[:50] if name.startswith("['buffer'].rows") else array
         assert np.array_equal(filled, saved[name]) and array.dtype == saved[name].dtype
         assert np.array_equal(array[len(filled):], np.zeros_like(array[len(filled):])) if array.ndim else True
-    spowl.save_checkpoint(copied, trees["agent"], trees["actor"], trees["buffer"], counters | {"step": 9999})
+    progress = spowl.Progress(**{name: counters[name] for name in spowl.Progress._fields})._replace(step=9999)
+    spowl.save_checkpoint(copied, spowl.Run(**trees, progress=progress), 7.5)
     again_counters, again = checkpoint(copied)
-    assert same_arrays(again, saved) and again_counters == counters | {"step": 9999}
+    assert same_arrays(again, saved) and again_counters == counters | {"step": 9999, "wall_time": 7.5}
+    assert [path.name for path in spowl.checkpoints(copied)] == ["checkpoint_2500.npz", "checkpoint_9999.npz"]
 
 
 def test_a_damaged_run_is_refused_on_the_command_line(copied, place):
+    """And the checkpoint before it is evaluated, on a terminal that has no letter for plus or minus."""
     newest(copied).write_bytes(newest(copied).read_bytes()[:-1000])
     one_line(command(place, SCRIPT, "--evaluate", copied), newest(copied), "damaged", "checkpoint_2000.npz")
     newest(copied).unlink()
-    assert "step 2,000" in run(place, "--evaluate", copied, "--eval-episodes", 1).stdout
+    finished = command(place, SCRIPT, "--evaluate", copied, "--eval-episodes", 1, PYTHONIOENCODING="ascii")
+    assert finished.returncode == 0, finished.stderr
+    assert SUMMARY.search(finished.stdout.replace("?", "±")).group(1, 4) == ("2,000", "1")
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def played(copied, monkeypatch):
+    """The copy, on which an evaluation is two episodes of four steps; an earlier one is there."""
+    (copied / "evaluation.csv").write_text("an earlier one")
+    zeros, obs = np.zeros(4, np.float32), np.ones((4, 60), np.float32)
+    rows = Transition(obs, np.zeros((4, 2), np.float32), zeros, zeros, obs, zeros, zeros)
+    episodes = [{"environment": i, "return": 1.5, "cost": 2.0, "length": 1000, "balance": 0.5, "played": rows}
+                for i in range(2)]
+    monkeypatch.setattr(spowl, "evaluate", lambda *_, **__: (episodes, [(np.zeros((512, 512, 3), np.uint8), 0.0, 0.0)]))
+    monkeypatch.setattr(spowl, "write_video", lambda *_: None)
+    return copied
+
+
+@pytest.mark.parametrize("module, name", [(os, "replace"), (spowl, "open"), (spowl, "write_video")])
+def test_an_evaluation_that_cannot_be_written_is_told_nevertheless(played, monkeypatch, capsys, module, name):
+    """What came out is printed, one line says that it was not written, and an earlier evaluation.csv stays."""
+    broken = no_room if module is os or name == "write_video" else lambda path, mode="r", **rest: (
+        open(path, mode, **rest) if mode == "r" else no_room())
+    monkeypatch.setattr(module, name, broken, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        evaluate_again(played)
+    printed = capsys.readouterr().out
+    assert SUMMARY.search(printed).group(1, 2, 3, 4) == ("2,500", "1.50", "2.0", "2")
+    assert "critic/read_outside" in printed
+    assert str(stop.value) == (
+        f"{played}: No space left on device: the lines above were not written to a file")
+    assert (played / "evaluation.csv").read_text().startswith("split" if name == "write_video" else "an earlier one")
+    assert not list(played.glob("*.tmp"))
+
+
+def test_a_video_that_cannot_be_written_says_why(played, monkeypatch):
+    """imageio's own errors are OSErrors with nothing but a text of several lines."""
+    def fail(*_):
+        raise OSError("[Errno 32] Broken pipe\n\nFFMPEG COMMAND:\nffmpeg -y")
+
+    monkeypatch.setattr(spowl, "write_video", fail)
+    with pytest.raises(SystemExit) as stop:
+        evaluate_again(played)
+    assert "None" not in str(stop.value) and "\n" not in str(stop.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two processes, Weights & Biases
+# ----------------------------------------------------------------------------------------------------------------------
+def resumed_args(run_dir, *flags):
+    return parse_args(["--resume", str(run_dir), "--total-timesteps", "9000", *flags])
+
+
+def test_a_run_in_use_is_not_resumed(copied):
+    """One line, before anything is read or written; as soon as the other process has gone, it may be."""
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in copied.iterdir())
+    with open(copied / "args.json") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stop:
+            spowl.learn(resumed_args(copied), None, None, (60, 2), ())
+        assert str(stop.value) == f"another process trains in {copied}"
+        assert sorted((path.name, path.stat().st_mtime_ns) for path in copied.iterdir()) == before
+    logs = spowl.open_logs(resumed_args(copied), copied)
+    with pytest.raises(SystemExit, match="another process trains in"):
+        spowl.open_logs(resumed_args(copied), copied)
+    logs.writer.close()
+
+
+def test_a_finished_run_is_not_resumed(copied):
+    with pytest.raises(SystemExit) as stop:
+        spowl.begin(parse_args(["--resume", str(copied)]), None, (60, 2))
+    assert str(stop.value) == f"{copied} is at step 2,500 already: raise --total-timesteps to go on"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_without_locks_is_no_other_process(copied, monkeypatch, number):
+    """Lustre without them, and NFS, which locks only files opened for writing."""
+    def flock(file, how):
+        if number != errno.EBADF or not file.writable():
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    spowl.open_logs(resumed_args(copied), copied).writer.close()
+
+
+class Wandb(types.ModuleType):
+    """Weights & Biases as far as it is called: what it was asked, and a run that keeps what is logged."""
+
+    def __init__(self, logs_in=True, mode="online"):
+        super().__init__("wandb")
+        self.asked, self.logged = [], []
+        self.login = lambda **options: logs_in
+        self.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+
+    def init(self, **options):
+        self.asked.append(options)
+        return types.SimpleNamespace(log=lambda values: self.logged.append(values))
+
+
+@pytest.fixture
+def tracked(monkeypatch, tmp_path):
+    """tracked(module) trains with that module as wandb and --track, as far as nothing is started -> the message."""
+    def train_with(module, mode="online"):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        monkeypatch.setenv("WANDB_MODE", mode)
+        monkeypatch.setattr(spowl, "start_envs", lambda *_: sys.exit("all was well"))
+        with pytest.raises(SystemExit) as stop:
+            spowl.train(parse_args(["--track", "--runs-dir", str(tmp_path / "runs")]))
+        assert not (tmp_path / "runs").exists() and "\n" not in str(stop.value)
+        return str(stop.value)
+
+    return train_with
+
+
+def test_track_is_refused_where_it_cannot_be(tracked, tmp_path, monkeypatch):
+    """Not installed (None stands for that in sys.modules), nobody logged in, or broken."""
+    assert tracked(None).startswith("--track: Weights & Biases cannot be used: ")
+    assert "wandb login" in tracked(Wandb(logs_in=False)) and "all was well" in tracked(Wandb())
+    (tmp_path / "wandb.py").write_text("raise AttributeError('np.float_ was removed')")
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="--track: Weights & Biases cannot be used: np.float_ was removed"):
+        spowl.train(parse_args(["--track", "--runs-dir", str(tmp_path / "runs")]))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_track_needs_no_login_where_nothing_is_sent(tracked, mode):
+    """wandb 0.31: login() is False under WANDB_MODE=offline, which the message of the script itself offers."""
+    assert tracked(Wandb(logs_in=False, mode=mode), mode) == "all was well"
+
+
+def test_a_tracked_run_goes_on_where_it_was(copied, monkeypatch):
+    """The same id, which may be resumed; seeds are one group; flags that are not given are there, without None."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    args = resumed_args(copied, "--track", "--wandb-project-name", "safe", "--wandb-entity", "us")
+    logs = spowl.open_logs(args, copied)
+    (asked,) = wandb.asked
+    assert {name: asked[name] for name in ("id", "group", "resume", "project", "entity")} == {
+        "id": "run", "group": "SafetyPointGoal1-v0__spowl_continuous", "resume": "allow", "project": "safe",
+        "entity": "us"}
+    assert asked["config"] == {name: "" if value is None else value for name, value in vars(args).items()}
+    spowl.write_logs(logs, {"losses/total": np.float32(1.5), "charts/SPS": 3}, 500)
+    assert wandb.logged == [{"losses/total": 1.5, "charts/SPS": 3.0, "step": 500}]
+    logs.writer.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -557,24 +773,39 @@ def test_a_damaged_run_is_refused_on_the_command_line(copied, place):
 # ----------------------------------------------------------------------------------------------------------------------
 HELP = """--env-id --seed --total-timesteps --num-envs --action-repeat --learning-starts --train-every --batch-size
 --buffer-size --learning-rate --gamma --cost-gamma --tau --horizon --rho --num-samples --num-elites --num-pi-trajs
---iterations --min-std --max-std --temperature --latent-dim --enc-dim --mlp-dim --num-bins --num-q --num-c --cost-limit
+--iterations --min-std --max-std --temperature --latent-dim --enc-dim --mlp-dim --num-bins --num-q --num-qc --cost-limit
 --eval-every --eval-episodes --capture-video --track --resume --evaluate""".split()
 
 
-def test_help_shows_every_flag(place):
-    text = run(place, "--help").stdout
+def test_help_shows_every_flag_in_its_group(place):
+    """Also on a terminal that has no letters for a box."""
+    finished = command(place, SCRIPT, "--help", PYTHONIOENCODING="ascii")
+    assert finished.returncode == 0, finished.stderr
+    text = finished.stdout
+    titles = re.findall(r"(\w+) options", text)
+    assert [title.lower() for title in titles if title] == [group.__name__.lower() for group in GROUPS]
+    for group, rest in zip(GROUPS, re.split(r"\w+ options", text)[1:]):
+        assert {"--" + field.name.replace("_", "-") for field in dataclasses.fields(group)} <= set(
+            re.findall(r"--[a-z][a-z-]*", rest))
+        assert group.__doc__ in " ".join(rest.split())
     assert set(HELP) <= set(re.findall(r"--[a-z][a-z-]*", text))
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)}
     assert fields <= set(re.findall(r"--[a-z][a-z-]*", text))
 
 
-def test_every_flag_has_a_docstring():
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_flag_has_a_docstring(group):
     tree = ast.parse(SCRIPT.read_text())
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == group.__name__)
     fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
     is_text = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    assert len(fields) == len(dataclasses.fields(Args))
+    assert len(fields) == len(dataclasses.fields(group))
     assert [body[i].target.id for i in fields if i + 1 == len(body) or not is_text(body[i + 1])] == []
+
+
+def test_every_flag_is_in_one_group():
+    names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(Args)) and len(set(names)) == len(names)
 
 
 DEFAULTS = dict(
@@ -582,8 +813,8 @@ DEFAULTS = dict(
     action_repeat=5, num_envs=10, total_timesteps=5_000_000, learning_starts=5_000, train_every=5_000,
     eval_every=50_000, eval_episodes=10, buffer_size=1_000_000, batch_size=256,
     # METHOD §3
-    enc_dim=256, mlp_dim=512, latent_dim=512, simnorm_dim=8, num_bins=101, bin_limit=10.0, num_q=5, num_c=5,
-    num_cost_heads=5, dropout=0.01, horizon=3, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1,
+    enc_dim=256, mlp_dim=512, latent_dim=512, simnorm_dim=8, num_bins=101, bin_limit=10.0, num_q=5, num_qc=5,
+    num_c=5, dropout=0.01, horizon=3, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1,
     cost_coef=0.1, cost_value_coef=0.1, cost_positive_weight=10.0, gamma=0.975, cost_gamma=0.997, tau=0.01,
     cost_target_agg="mean", cost_read_out="symlog", obs_transform="raw", updates_per_step=1.0,
     learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
@@ -609,8 +840,8 @@ def test_defaults_are_those_of_the_method():
 # ----------------------------------------------------------------------------------------------------------------------
 def test_ant_ends_early(place):
     """METHOD §2: Ant may terminate before 1000 steps, which reaches csv and buffer."""
-    flags = "--env-id SafetyAntGoal1-v0 --total-timesteps 1000 --eval-episodes 1 --buffer-size 400"
-    ant = train(place, *TINY, *flags.split())
+    flags = "--env-id SafetyAntGoal1-v0 --total-timesteps 1000 --learning-starts 1500 --eval-episodes 1"
+    ant = train(place, *TINY, *flags.split(), **QUICK)  # random actions alone: nothing is updated
     rows, (counters, arrays) = rows_of(ant.dir / "episodes.csv"), checkpoint(ant.dir)
     lengths = [int(row["length"]) for row in rows if row["split"] == "train"]
     buffer = {field: arrays[f"['buffer'].rows.{field}"] for field in spowl.Transition._fields}
@@ -628,10 +859,82 @@ def readme_example():
     block = re.compile(r"<!-- own environment -->\s*```python\n(.*?)```", re.DOTALL)
     code = block.search((ROOT / "README.md").read_text()).group(1)
     assert "from spowl_continuous import" in code
-    return re.sub(r"=\s*128\b", "=32", code.replace("10_000", "551"))
+    for given, less in (("10_000", "101"), (">= 500", ">= 50"), ("num_updates=50", "num_updates=2")):
+        assert code.count(given) == 1
+        code = code.replace(given, less)
+    return re.sub(r"=\s*128\b", "=32", code)
 
 
 def test_readme_example_trains_on_an_environment_of_ones_own(place):
     check = "\nassert int(agent.num_updates) > 0 and all(np.isfinite(float(x)) for x in metrics.values()), metrics"
-    finished = command(place, "-c", readme_example() + check)
+    finished = command(place, "-c", readme_example() + check, **QUICK)
     assert finished.returncode == 0, finished.stderr
+
+
+REGISTERED = '''
+import gymnasium, numpy as np
+import spowl_continuous as spowl
+
+class Reach(gymnasium.Env):  # go to the origin; a disc beside it costs
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.uniform(-1.0, 1.0, 2)
+        return self.place, {}
+
+    def step(self, action):
+        self.place = self.place + 0.1 * action
+        reward, cost = -np.linalg.norm(self.place), float(np.linalg.norm(self.place - 0.5) < 0.3)
+        return self.place, reward, cost, False, False, {}  # terminated, truncated, info
+
+spowl.import_safety_gymnasium().register(id="Reach-v0", entry_point=Reach, max_episode_steps=100)
+
+if __name__ == "__main__":  # a process that is started anew imports this file
+    spowl.main(["--env-id", "Reach-v0", "--preset", "laptop"])
+'''
+
+
+def test_a_registered_class_of_ones_own_trains(place):
+    """The example, with small flags; one of its processes dies, once, and so is started anew by importing the file."""
+    flags = [*TINY, "--total-timesteps", "1000", "--eval-episodes", "2", "--runs-dir", str(place / "reach")]
+    died = place / "died"
+    code = REGISTERED.replace('"--preset", "laptop"', f"*{flags}").replace(
+        "        reward, cost", f"        import os; os.path.exists('{died}') or (open('{died}', 'w'), os._exit(3))\n"
+        "        reward, cost", 1)
+    assert code.count("num-envs") == 1 == code.count("_exit")
+    (place / "reach.py").write_text(code)
+    finished = run(place, script=place / "reach.py", **QUICK)
+    told = [line for line in finished.stderr.splitlines() if "exit code 3" in line]
+    assert len(told) == 1 and "started anew" in told[0] and "WARN" not in finished.stderr.replace("WARNING", "")
+    assert SUMMARY.search(finished.stdout).group(1, 4) == ("1,000", "2")
+    (directory,) = (place / "reach").iterdir()
+    rows, (counters, arrays) = rows_of(directory / "episodes.csv"), checkpoint(directory)
+    assert {row["length"] for row in rows} == {"100"} and arrays["['agent'].num_updates"] == 200
+    assert {0.0, 5.0} <= set(np.unique(arrays["['buffer'].rows.cost"]).tolist()) and counters["step"] == 1000
+
+
+LOADED = '''
+import dataclasses, jax, numpy as np
+import spowl_continuous as spowl
+
+args = dataclasses.replace(spowl.parse_args(["--evaluate", run_dir]), num_envs=1)
+envs, *sizes = spowl.start_envs(args, 1, 1)  # before JAX is used; it repeats actions, transforms observations
+template = {"agent": spowl.init_agent(args, jax.random.key(0), *sizes)}
+agent = spowl.load_checkpoint(run_dir, template)[0]["agent"]
+actor, obs, done = spowl.init_actor(args, jax.random.key(1), sizes[1]), spowl.reset_envs(envs, [0]), [True]
+for step in range(10):
+    action, actor = spowl.act(args, agent, actor, obs, np.array(done, bool), False)
+    obs, row, stats = spowl.step_envs(envs, np.asarray(action))
+    done = row.done
+print("return, cost, length so far:", *stats[0, 1:])
+spowl.close_envs(envs)  # without this Python would wait for them at its end
+'''
+
+
+def test_a_loaded_agent_acts(place, point):
+    finished = command(place, "-c", f"run_dir = {str(point.dir)!r}\n" + LOADED)
+    assert finished.returncode == 0, finished.stderr
+    numbers = re.fullmatch(r"return, cost, length so far: (\S+) (\S+) (\S+)\n", finished.stdout).groups()
+    assert np.isfinite(float(numbers[0])) and float(numbers[2]) == 250.0

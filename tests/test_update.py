@@ -15,7 +15,7 @@ from spowl_continuous import (Args, Transition, add, init_buffer, model_optimize
                               update_many)
 
 OBS, ACTIONS, H, B = 5, 2, 3, 6
-ARGS = small_args(horizon=H, batch_size=B, num_bins=11, latent_dim=16, num_q=2, num_c=3, num_cost_heads=2,
+ARGS = small_args(horizon=H, batch_size=B, num_bins=11, latent_dim=16, num_q=2, num_qc=3, num_c=2,
                   grad_clip=0.05, learning_rate=1e-3, enc_lr_scale=0.3, tau=0.07, dropout=0.25, mu_init=1e-3,
                   mu_growth=0.01, lambda_init=0.2, entropy_coef=1e-3, buffer_size=40, num_envs=2)
 UPDATES = 5

@@ -3,15 +3,11 @@ import ast
 import difflib
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
-from benchmark import diffs
+from benchmark import diffs, sync
+from benchmark.sync import FULL, KINDS, ROOT, VARIANTS, claims, flags_of, name_of
 
-ROOT = Path(__file__).resolve().parent.parent
-FULL = ROOT / "spowl_continuous.py"
-VARIANTS = sorted({*ROOT.glob("spowl_*.py"), *ROOT.glob("ablations/*.py")} - {FULL})
-KINDS = {"changed", "removed", "added", "flags"}
 EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
                                for paths in ([FULL, *VARIANTS], VARIANTS))
 
@@ -19,24 +15,6 @@ EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda
 # ----------------------------------------------------------------------------------------------------------------------
 # A script as named pieces of text
 # ----------------------------------------------------------------------------------------------------------------------
-def claims(source):
-    """What a variant's docstring lists as different: {kind: names} from lines such as `changed: act, Actor - why`."""
-    section = ast.get_docstring(ast.parse(source)).split("Differs from spowl_continuous.py in\n")[1].split("\n\n")[0]
-    listed = {kind: set() for kind in KINDS}
-    for line in re.sub(r"\n {8,}", " ", section).splitlines():
-        kind, names, _ = re.fullmatch(r" {4}(\w+): ([\w, ]+) - (.+)", line).groups()
-        listed[kind] |= set(names.split(", "))
-    return listed
-
-
-def name_of(node):
-    """The name that a statement defines, None if it does something else."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return node.name
-    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-    return getattr(target, "id", None)
-
-
 def without_docstrings(node):
     """A definition's syntax tree as text, its docstrings left out."""
     node = ast.parse(ast.unparse(node))
@@ -52,6 +30,7 @@ def pieces(source):
     definitions; and the lines that belong to none of them (the module's docstring and that of Args left out)."""
     tree, lines = ast.parse(source), source.splitlines()
     (args,) = (node for node in tree.body if name_of(node) == "Args")
+    groups = [node for node in tree.body if flags_of(node)]
     texts, trees, outside = {}, {}, set(range(len(lines)))
 
     def take(name, node, last):
@@ -61,12 +40,13 @@ def pieces(source):
         outside.difference_update(range(first - 1, last))
 
     for node in tree.body:
-        if name_of(node) is not None and node is not args:
+        if name_of(node) is not None and node not in [args, *groups]:
             take(name_of(node), node, node.end_lineno)
             trees[name_of(node)] = without_docstrings(node)
-    for node, following in zip(args.body, args.body[1:] + [None]):
-        if isinstance(node, ast.AnnAssign):
-            take(f"Args.{node.target.id}", node, (following or node).end_lineno)
+    for group in groups:
+        for node, following in zip(group.body, group.body[1:] + [None]):
+            if isinstance(node, ast.AnnAssign):
+                take(f"Args.{node.target.id}", node, (following or node).end_lineno)
     for docstring in (tree.body[0], args.body[0]):
         outside.difference_update(range(docstring.lineno - 1, docstring.end_lineno))
     return texts, trees, [lines[i] for i in sorted(outside) if lines[i].strip()]
@@ -123,7 +103,7 @@ def test_nothing_is_left_over(path):
 def test_every_flag_is_read_or_said_to_be_without_effect(path):
     texts = pieces(path.read_text())[0]
     flags = {name.removeprefix("Args."): text for name, text in texts.items() if name.startswith("Args.")}
-    code = "\n".join(text for name, text in texts.items() if not name.startswith("Args.") and name != "problems")
+    code = "\n".join(text for name, text in texts.items() if not name.startswith("Args.") and name != "rules")
     silent = {name for name in flags if "without effect" in flags[name]}
     read = {name for name in flags if re.search(rf"\bargs\.{name}\b", code)}
     assert read == flags.keys() - silent
@@ -156,15 +136,16 @@ PLANTED = {  # what somebody might do to one script and forget in the others -> 
     "a constant in a shared function": ("+ 1e-5)", "+ 1e-6)", ["layer_norm differs"]),
     "an argument of a shared function": ("def symlog(x):", "def symlog(x, base=None):", ["symlog differs"]),
     "a shared docstring": ("Inverse of symlog.", "The inverse of symlog.", ["symexp differs"]),
-    "a comment in a shared function": ("# no git, or a copied script", "# a copied script", ["make_run_dir differs"]),
+    "a comment in a shared function": ("# a CPU has none", "# none", ["check_device differs"]),
     "a decorator": ('"num_updates"), donate_argnames="agent")', '"num_updates"))', ["update_many differs"]),
     "a field of a tuple": ("    head: jax.Array\n", "    first: jax.Array\n", ["Buffer differs"]),
-    "a default": ("gamma: float = 0.975", "gamma: float = 0.99", ["Args.gamma differs"]),
+    "a default": (" gamma: Share = 0.975", " gamma: Share = 0.99", ["Args.gamma differs"]),
+    "a range": ("    num_q: Count", "    num_q: Natural", ["Args.num_q differs"]),
     "a flag's docstring": ('"""sequences per update"""', '"""batch"""', ["Args.batch_size differs"]),
     "an assignment": ('FREE_ON_RESUME = ("total_timesteps", ', "FREE_ON_RESUME = (", ["FREE_ON_RESUME differs"]),
     "another name": ("def masked_mean(", "def average(", ["average is extra", "masked_mean is missing"]),
     "a new function": ("def symexp(x):", "def identity(x):\n    return x\n\n\ndef symexp(x):", ["identity is extra"]),
-    "a new flag": ("    num_q: int = 5", "    num_r: int = 5\n    num_q: int = 5", ["Args.num_r is extra"]),
+    "a new flag": ("    num_q: Count = 5", "    num_r: Count = 5\n    num_q: Count = 5", ["Args.num_r is extra"]),
     "an import": ("import csv\n", "", ["imports, headings, comments or the header differ"]),
     "a pin": ("optax==0.2.8", "optax==0.2.7", ["imports, headings, comments or the header differ"]),
     "a heading": ("\n# Losses\n", "\n# All losses\n", ["imports, headings, comments or the header differ"]),
@@ -172,7 +153,7 @@ PLANTED = {  # what somebody might do to one script and forget in the others -> 
 }
 
 
-@EVERY_VARIANT
+@pytest.mark.parametrize("path", VARIANTS[:1], ids=lambda path: path.stem)
 @pytest.mark.parametrize("what", PLANTED)
 def test_planted_drift_is_reported(path, what):
     """In whichever of the two it is planted."""
@@ -208,6 +189,28 @@ def test_another_order_is_reported(path):
     before, _, rest = source.partition(one)
     between, _, after = rest.partition(other)
     assert drift(FULL.read_text(), before + other + between + one + after) == ["the order of the definitions differs"]
+
+
+SHARED = {  # what is changed in the full agent alone, and then written into the others
+    "a constant": ("+ 1e-5)", "+ 1e-6)"), "a heading": ("\n# Losses\n", "\n# All losses\n"),
+    "an import": ("import csv\n", "import csv\nimport cmd\n"), "a flag": ("    num_q: Count = 5", "    num_q: Count = 7"),
+    "a new function": ("def symexp(x):", "def identity(x):\n    return x\n\n\ndef symexp(x):"),
+    "a removed function": ("def episode_seed(", "def seed_of_episode("),
+    "what surrounds the method": ("# From here on, what surrounds", "# From here on what surrounds"),
+}
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("what", SHARED)
+def test_sync_writes_what_is_shared_and_keeps_what_is_not(path, what):
+    old, new = SHARED[what]
+    full, variant = FULL.read_text(), path.read_text()
+    assert full.count(old) == 1 or what == "a constant"
+    changed = full.replace(old, new)
+    assert drift(changed, variant) != []
+    written = sync.synced(changed, variant)
+    assert drift(changed, written) == [] and new in written
+    assert sync.synced(full, written) == variant == sync.synced(full, variant)
 
 
 def test_page_of_diffs_is_current():

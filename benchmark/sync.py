@@ -1,0 +1,105 @@
+"""Write into the other scripts what they share with spowl_continuous.py: every definition that a script's docstring does
+not list as its own, the imports, the headings, and all of what surrounds the method.
+
+    python benchmark/sync.py            # write
+    python benchmark/sync.py --check    # exit status 1 and a list if something would be written
+"""
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = ROOT / "spowl_continuous.py"
+VARIANTS = sorted({*ROOT.glob("spowl_*.py"), *ROOT.glob("ablations/*.py")} - {FULL})
+KINDS = ("changed", "removed", "added", "flags")
+
+
+def claims(source):
+    """What a variant's docstring lists as different: {kind: names} from lines such as `changed: act, Actor - why`."""
+    section = ast.get_docstring(ast.parse(source)).split("Differs from spowl_continuous.py in\n")[1].split("\n\n")[0]
+    listed = {kind: set() for kind in KINDS}
+    for line in re.sub(r"\n {8,}", " ", section).splitlines():
+        kind, names, _ = re.fullmatch(r" {4}(\w+): ([\w, ]+) - (.+)", line).groups()
+        listed[kind] |= set(names.split(", "))
+    return listed
+
+
+def name_of(node):
+    """The name that a statement defines, None if it does something else."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return node.name
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    return getattr(target, "id", None)
+
+
+def flags_of(node):
+    """The flags that a dataclass holds."""
+    dataclass = isinstance(node, ast.ClassDef) and node.decorator_list
+    return {name_of(field) for field in node.body if isinstance(field, ast.AnnAssign)} if dataclass else set()
+
+
+def segments(source):
+    """(name, what stands above it, its own text, its syntax tree) of every statement after the module's docstring."""
+    lines, tree = source.splitlines(keepends=True), ast.parse(source)
+    found, above = [], tree.body[0].end_lineno
+    for node in tree.body[1:]:
+        first = min([node.lineno] + [decorator.lineno for decorator in getattr(node, "decorator_list", [])]) - 1
+        found.append((name_of(node), "".join(lines[above:first]), "".join(lines[first:node.end_lineno]), node))
+        above = node.end_lineno
+    return found
+
+
+def fields(text):
+    """The text of a dataclass before its flags, and {name: text} of these with their docstrings."""
+    lines, (node,) = text.splitlines(keepends=True), ast.parse(text).body
+    starts = [(name_of(field), field.lineno - 1) for field in node.body if isinstance(field, ast.AnnAssign)]
+    ends = [start for _, start in starts[1:]] + [len(lines)]
+    return "".join(lines[:starts[0][1]]), {name: "".join(lines[start:end]) for (name, start), end in zip(starts, ends)}
+
+
+def with_flags(full, own, flags):
+    """A dataclass of the full agent with the variant's own text of those flags, new ones after the same one as now."""
+    head, shared = fields(full)
+    text, last = head, None
+    theirs = fields(own)[1] if own else {}
+    new = {name: before for before, name in zip([None, *theirs], theirs) if name in flags and name not in shared}
+    for name in shared:
+        text += theirs[name] if name in flags and name in theirs else shared[name]
+        last = name
+        while follower := next((flag for flag, before in new.items() if before == last), None):
+            text, last = text + theirs[follower], follower
+    return text
+
+
+def synced(full, variant):
+    """A variant's source with everything that it shares taken from the full agent's."""
+    listed, ours = claims(variant), segments(variant)
+    own, names = {name: text for name, _, text, _ in ours if name}, [name for name, *_ in ours]
+    text, skipped = "".join(variant.splitlines(keepends=True)[:ast.parse(variant).body[0].end_lineno]), ""
+    for name, above, body, node in segments(full):
+        if name in listed["removed"]:
+            skipped = skipped or (above if "# ---" in above else "")  # a heading stays for what follows
+            continue
+        if name in listed["changed"] or name == "Args":
+            body = own.get(name, body)
+        elif flags_of(node):
+            body = with_flags(body, own.get(name), listed["flags"])
+        text, skipped = text + (skipped or above) + body, ""
+        for added, heading, definition, _ in ours:  # what is its own follows the same definition as now
+            if added in listed["added"] and name == names[names.index(added) - 1]:
+                text += heading + definition
+    return text
+
+
+def main():
+    stale = [path for path in VARIANTS if synced(FULL.read_text(), path.read_text()) != path.read_text()]
+    for path in stale:
+        print(path.relative_to(ROOT))
+        if "--check" not in sys.argv:
+            path.write_text(synced(FULL.read_text(), path.read_text()))
+    sys.exit(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()
