@@ -1447,7 +1447,7 @@ def open_logs(args, run_dir):
     from tensorboard.summary import Writer
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    file = open(run_dir / "args.json")
+    file = open(run_dir / "args.json", "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1543,17 +1543,22 @@ def parse_args(argv=None):
     return args
 
 
-def check_machine(args):
-    """SystemExit if the task, the place for runs or the login for --track is not there."""
+def check_env_id(env_id):
+    """SystemExit with the nearest names if Safety-Gymnasium has no such task."""
     try:
         import_safety_gymnasium()
         from safety_gymnasium.utils.registration import safe_registry
     except Exception as error:
         raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
-    if args.env_id not in safe_registry:
+    if env_id not in safe_registry:
         flat = [name for name in safe_registry if "Vision" not in name]
-        near = ", ".join(difflib.get_close_matches(args.env_id, flat)) or "for example SafetyPointGoal1-v0"
-        raise SystemExit(f"--env-id {args.env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+        near = ", ".join(difflib.get_close_matches(env_id, flat)) or "for example SafetyPointGoal1-v0"
+        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+
+
+def check_machine(args):
+    """SystemExit if the task, the place for runs or the login for --track is not there."""
+    check_env_id(args.env_id)
     runs_dir = Path(args.runs_dir).absolute()
     place = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
@@ -1841,7 +1846,8 @@ def heed_signals(stopping):
 
 def main(argv=None):
     """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
-    sys.stdout.reconfigure(errors="replace")  # where there is no "±"
+    with contextlib.suppress(AttributeError):  # a notebook's is no file
+        sys.stdout.reconfigure(errors="replace")  # where there is no "±"
     args, stopping = parse_args(argv), []
     if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))

@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import fcntl
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -101,10 +102,13 @@ def jobs_of(grid, runs_dir):
     for seed, task, (setting, entry) in itertools.product(grid.seeds, grid.tasks, grid.settings.items()):
         flags = words({"env-id": task, "exp-name": setting, "seed": seed, "runs-dir": runs_dir}
                       | grid.flags | entry["flags"])
+        boxed = io.StringIO()
         try:
-            args = modules[entry["script"]].parse_args(flags)
+            with redirect_stderr(boxed):
+                args = modules[entry["script"]].parse_args(flags)
         except SystemExit as stop:
-            mistakes += [f"setting {setting}: {line}" for line in str(stop).splitlines()]
+            said = stop.code if isinstance(stop.code, str) else boxed.getvalue().splitlines()[1].strip("│ ")  # tyro's
+            mistakes += [f"setting {setting}: {line}" for line in said.splitlines()]
             continue
         jobs.append(Job(f"{task}__{setting}__{seed}", entry["script"], tuple(flags), args.total_timesteps))
         mistakes += differences(jobs[-1], runs_dir, modules[entry["script"]], args)

@@ -1,5 +1,6 @@
 """Whole runs from the command line, small: what they write, go on from, repeat to the last bit, and refuse."""
 import ast
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -793,6 +794,13 @@ def test_help_shows_every_flag_in_its_group(place):
     assert fields <= set(re.findall(r"--[a-z][a-z-]*", text))
 
 
+def test_main_prints_into_a_notebook_too():
+    """Whose sys.stdout is no file: it cannot be told what to do with letters that it does not have."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        spowl.main(["--help"])
+    assert "--env-id" in printed.getvalue()
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_flag_has_a_docstring(group):
     tree = ast.parse(SCRIPT.read_text())
@@ -854,10 +862,14 @@ def test_ant_ends_early(place):
     assert np.array_equal(followed, ~done[:-1])
 
 
-def readme_example():
-    """The block of README.md that trains on one's own environment, with fewer steps and narrower networks."""
-    block = re.compile(r"<!-- own environment -->\s*```python\n(.*?)```", re.DOTALL)
-    code = block.search((ROOT / "README.md").read_text()).group(1)
+def example(page, name):
+    """The code block of a page that follows <!-- name -->."""
+    return re.search(rf"<!-- {name} -->\s*```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL).group(1)
+
+
+def short_loop():
+    """The page's loop on one's own environment, with fewer steps and narrower networks."""
+    code = example("docs/your_own.md", "own environment")
     assert "from spowl_continuous import" in code
     for given, less in (("10_000", "101"), (">= 500", ">= 50"), ("num_updates=50", "num_updates=2")):
         assert code.count(given) == 1
@@ -865,35 +877,13 @@ def readme_example():
     return re.sub(r"=\s*128\b", "=32", code)
 
 
-def test_readme_example_trains_on_an_environment_of_ones_own(place):
+def test_a_loop_of_ones_own_trains(place):
     check = "\nassert int(agent.num_updates) > 0 and all(np.isfinite(float(x)) for x in metrics.values()), metrics"
-    finished = command(place, "-c", readme_example() + check, **QUICK)
+    finished = command(place, "-c", short_loop() + check, **QUICK)
     assert finished.returncode == 0, finished.stderr
 
 
-REGISTERED = '''
-import gymnasium, numpy as np
-import spowl_continuous as spowl
-
-class Reach(gymnasium.Env):  # go to the origin; a disc beside it costs
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place = self.np_random.uniform(-1.0, 1.0, 2)
-        return self.place, {}
-
-    def step(self, action):
-        self.place = self.place + 0.1 * action
-        reward, cost = -np.linalg.norm(self.place), float(np.linalg.norm(self.place - 0.5) < 0.3)
-        return self.place, reward, cost, False, False, {}  # terminated, truncated, info
-
-spowl.import_safety_gymnasium().register(id="Reach-v0", entry_point=Reach, max_episode_steps=100)
-
-if __name__ == "__main__":  # a process that is started anew imports this file
-    spowl.main(["--env-id", "Reach-v0", "--preset", "laptop"])
-'''
+REGISTERED = example("README.md", "own environment, registered")
 
 
 def test_a_registered_class_of_ones_own_trains(place):
@@ -915,22 +905,7 @@ def test_a_registered_class_of_ones_own_trains(place):
     assert {0.0, 5.0} <= set(np.unique(arrays["['buffer'].rows.cost"]).tolist()) and counters["step"] == 1000
 
 
-LOADED = '''
-import dataclasses, jax, numpy as np
-import spowl_continuous as spowl
-
-args = dataclasses.replace(spowl.parse_args(["--evaluate", run_dir]), num_envs=1)
-envs, *sizes = spowl.start_envs(args, 1, 1)  # before JAX is used; it repeats actions, transforms observations
-template = {"agent": spowl.init_agent(args, jax.random.key(0), *sizes)}
-agent = spowl.load_checkpoint(run_dir, template)[0]["agent"]
-actor, obs, done = spowl.init_actor(args, jax.random.key(1), sizes[1]), spowl.reset_envs(envs, [0]), [True]
-for step in range(10):
-    action, actor = spowl.act(args, agent, actor, obs, np.array(done, bool), False)
-    obs, row, stats = spowl.step_envs(envs, np.asarray(action))
-    done = row.done
-print("return, cost, length so far:", *stats[0, 1:])
-spowl.close_envs(envs)  # without this Python would wait for them at its end
-'''
+LOADED = example("docs/your_own.md", "a trained agent acts")
 
 
 def test_a_loaded_agent_acts(place, point):
