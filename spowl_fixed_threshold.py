@@ -1672,7 +1672,7 @@ def collect(args, envs, run):
     return run._replace(buffer=add(run.buffer, row), progress=progress._replace(
         step=step, simulated=progress.simulated + int(stats[:, 0].sum()), cost=progress.cost + float(row.cost.sum()),
         acts=acts, episodes=progress.episodes + (row.done > 0), is_first=row.done > 0, obs=obs,
-        rows=progress.rows + ended)), seconds
+        rows=progress.rows + ended if ended else progress.rows)), seconds
 
 
 def show(bar, doing):
@@ -1687,7 +1687,8 @@ def cycle(args, envs, run, bar, stopping):
     It ends early where `stopping` fills."""
     began, acting, values, end = time.time(), 0.0, {}, cycle_end(args, run.progress.completed)
     while run.progress.step < end and not stopping:
-        show(bar, "compiling" if run.progress.step >= args.learning_starts and not int(run.actor.step) else "")
+        acted = run.progress.step - args.learning_starts
+        show(bar, "compiling" if 0 <= acted < args.num_envs * args.action_repeat else "")
         try:
             run, seconds = collect(args, envs, run)
         except EnvFailure as failure:
@@ -1707,7 +1708,7 @@ def cycle(args, envs, run, bar, stopping):
                           "time/update": 1 - (collected - began) / total}, None
 
 
-def report(args, logs, bar, run, values):
+def report(logs, bar, run, values):
     """Write and show a cycle's numbers -> run, its sums begun anew."""
     progress, metrics = run.progress, jax.device_get(run.actor.metrics)
     values |= {tag: np.mean(x) / progress.acts for tag, x in metrics.items() if progress.acts}
@@ -1725,7 +1726,7 @@ def report(args, logs, bar, run, values):
 
 
 def report_evaluation(args, logs, run, episodes, frames):
-    """Write an evaluation -> run, with its episodes among the rows."""
+    """Write an evaluation -> run, with its episodes among the rows and its cycle completed."""
     step = run.progress.step
     tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
     values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
@@ -1734,7 +1735,7 @@ def report_evaluation(args, logs, run, episodes, frames):
         attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
     rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
     attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, rows)
-    return run._replace(progress=run.progress._replace(rows=rows))
+    return run._replace(progress=run.progress._replace(rows=rows, completed=step))
 
 
 def train(args, stopping=()):
@@ -1771,7 +1772,7 @@ def learn(args, envs, eval_envs, sizes, stopping):
                 break
             step = run.progress.step
             values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
-            run = report(args, logs, bar, run, values)
+            run = report(logs, bar, run, values)
             if step == args.total_timesteps or args.eval_every and step % args.eval_every == 0:
                 show(bar, "evaluating")
                 try:
@@ -1781,11 +1782,11 @@ def learn(args, envs, eval_envs, sizes, stopping):
                 if stopping or failure:
                     break
                 run = report_evaluation(args, logs, run, episodes, frames)
-                run = run._replace(progress=run.progress._replace(completed=step))
                 attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
                 bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
                 sys.stdout.flush()  # at once, into a file too
-            run = run._replace(progress=run.progress._replace(completed=step))
+            else:
+                run = run._replace(progress=run.progress._replace(completed=step))
             envs.failures.clear()
             eval_envs.failures.clear()
     if stopping or failure:

@@ -277,7 +277,7 @@ def test_a_cycle_that_was_interrupted_is_reported_whole(tmp_path, monkeypatch):
     path.write_text("split,step\ntrain,19")
     monkeypatch.setattr(spowl, "write_logs", lambda logs, values, step: seen.append((step, values)))
     bar = types.SimpleNamespace(set_postfix=lambda shown: seen.append(shown))
-    after = spowl.report(small_args(), types.SimpleNamespace(run_dir=tmp_path), bar, run, {"losses/total": 7.0})
+    after = spowl.report(types.SimpleNamespace(run_dir=tmp_path), bar, run, {"losses/total": 7.0})
     (step, values), shown = seen
     expected = {"losses/total": 7.0, "charts/episodic_return": 7.0, "charts/episodic_cost": 7.5,
                 "charts/episodic_length": 850.0, "charts/cost_rate": 0.0075, "charts/balance": 0.5}
