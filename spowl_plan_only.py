@@ -299,6 +299,14 @@ PRESETS = {
 }
 
 
+def advice(args):
+    """A line to begin a run on a CPU with, or ""."""
+    if args.preset != "paper":
+        return ""
+    days = args.total_timesteps * args.mlp_dim**2 / (5e6 * 512**2) * 7  # measured on two cores, to a factor of two
+    return f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one"
+
+
 def rules(args):
     """What must hold between flags: pairs of whether it does and what to say where it does not."""
     block, updates = args.num_envs * args.action_repeat, args.train_every / args.action_repeat * args.updates_per_step
@@ -926,6 +934,16 @@ def update_many(args, agent, buffer, num_updates):
     return agent, jax.tree.map(jnp.mean, metrics)
 
 
+def updates_due(args, step):
+    """Updates that belong to the first `step` simulator steps."""
+    return int(step // args.action_repeat * args.updates_per_step)
+
+
+def action_size(agent):
+    """A"""
+    return agent.policy[-1]["b"].size // 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Diagnostics: what the cost heads and Qc knew
 # ----------------------------------------------------------------------------------------------------------------------
@@ -948,15 +966,15 @@ def cost_to_go(cost, terminated, last, gamma):
     return following
 
 
-def critic_metrics(args, model, episodes):
+def critic_metrics(args, agent, episodes):
     """What the cost heads and Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
 
     critic/cost_auc: of the one-step cost heads for "this agent step costs". critic/read_..., critic/followed_...: mean
     Qc(s, a) and mean discounted cost that followed, in states inside a hazard (the step before cost), outside, and
     before_k: k = 1 to 5 agent steps before a hazard is entered (before_1 is the step that enters)."""
     rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
-    z = encode(args, model, rows.obs)
-    one_step, qc = (np.asarray(cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
+    z = encode(args, agent.model, rows.obs)
+    one_step, qc = (np.asarray(cost_heads(args, agent.model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
     read = np.split(qc, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
     groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
     for qc, played in zip(read, (episode["played"] for episode in episodes)):
@@ -1253,7 +1271,7 @@ def evaluate(args, agent, envs, num_episodes, stopping=(), bar=None):
 def play(args, agent, envs, episode, count, stopping):
     """What `evaluate` does with one batch: that episode of the first `count` environments, to its end in each."""
     obs, rows, frames, ends = reset_envs(envs, [episode] * sum(map(len, envs.groups))), [], [], {}
-    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), agent.policy[-1]["b"].size // 2)
+    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), action_size(agent))
     padded = np.zeros((args.num_envs, obs.shape[1]), np.float32)  # so that `act` is compiled only once
     while len(ends) < count and not stopping:
         padded[:len(obs)] = obs
@@ -1572,8 +1590,8 @@ def check_device(args, sizes):
     memory = device.memory_stats() or {}  # a CPU has none
     there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if needed > there and not args.evaluate:
-        raise SystemExit(f"--buffer-size {args.buffer_size} needs {needed / 2**30:.1f} GiB, {device} has "
-                         f"{there / 2**30:.1f}: lower it")
+        raise SystemExit(f"the replay buffer needs {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}: lower "
+                         "--buffer-size")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1684,8 +1702,8 @@ def cycle(args, envs, run, bar, stopping):
             return failure.run, values, failure
         acting, _ = acting + seconds, bar.update(run.progress.step - bar.n)
     collected, step = time.time(), run.progress.step
-    due = int(step // args.action_repeat * args.updates_per_step) if step >= args.learning_starts else 0
-    at_once = math.gcd(int(args.train_every // args.action_repeat * args.updates_per_step), 100)  # the bar moves
+    due = updates_due(args, step) if step >= args.learning_starts else 0
+    at_once = math.gcd(updates_due(args, args.train_every), 100)  # the bar moves
     while int(run.agent.num_updates) + at_once <= due and not stopping:
         show(bar, "updating" if int(run.agent.num_updates) else "compiling")
         agent, metrics = update_many(args, run.agent, run.buffer, at_once)
@@ -1719,7 +1737,7 @@ def report_evaluation(args, logs, run, episodes, frames):
     step = run.progress.step
     tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
     values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
-    attempt(write_logs, logs, values | critic_metrics(args, run.agent.model, episodes), step)
+    attempt(write_logs, logs, values | critic_metrics(args, run.agent, episodes), step)
     if frames:
         attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
     rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
@@ -1747,9 +1765,8 @@ def learn(args, envs, eval_envs, sizes, stopping):
     run = begin(args, envs, sizes)
     logs = logs or open_logs(args, make_run_dir(args))
     print(f"{logs.run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}", flush=True)
-    if args.preset == "paper" and jax.default_backend() == "cpu":
-        days = args.total_timesteps * args.mlp_dim**2 / (5e6 * 512**2) * 7  # measured on two cores, to a factor of two
-        print(f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one", flush=True)
+    if jax.default_backend() == "cpu" and (line := advice(args)):
+        print(line, flush=True)
     began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
     bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
                mininterval=1.0 if sys.stderr.isatty() else 60.0)
@@ -1800,7 +1817,7 @@ def evaluate_run(args):
         with tqdm(total=args.eval_episodes, unit="episode") as bar:
             episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
     print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
-    for tag, value in critic_metrics(args, trees["agent"].model, episodes).items():
+    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
         print(f"{tag} {value:.3g}")
     columns = (*COLUMNS, "balance")
     try:

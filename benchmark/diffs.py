@@ -1,18 +1,19 @@
-"""Write diffs.md: how each variant differs from the full agent, removed definitions shortened to their first lines.
+"""Write diffs.md: how each variant differs from the script that it is a variant of, removed definitions shortened to their first lines.
 
     python benchmark/diffs.py
 """
 import ast
 import difflib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = ROOT / "spowl_continuous.py"
-VARIANTS = [ROOT / name for name in ("spowl_plan_only.py", "spowl_policy_only.py", "spowl_fixed_threshold.py",
-                                     "ablations/spowl_decoder.py")]
+PAIRS = {ROOT / name: FULL for name in ("spowl_plan_only.py", "spowl_policy_only.py", "spowl_fixed_threshold.py",
+                                        "ablations/spowl_decoder.py")}
 INTRODUCTION = """# The variants as diffs
 
-What `diff spowl_continuous.py VARIANT` shows, after the module's docstring. `@@` names the definition a change lies in;
+What `diff SCRIPT VARIANT` shows, SCRIPT the one that it is a variant of, after the module's docstring. `@@` names the definition a change lies in;
 a definition that is removed whole is shown by its first line. Written by `python benchmark/diffs.py`; a test compares
 this page with the scripts.
 """
@@ -44,15 +45,15 @@ def hunks(full, variant):
 
 def page():
     """The text of diffs.md."""
-    parts, (_, full), of = [INTRODUCTION], split(FULL), len(FULL.read_text().splitlines())
-    for path in VARIANTS:
-        docstring, variant = split(path)
-        differs = docstring.split("Differs from spowl_continuous.py in\n")[1].split("\n\n")[0]
-        every = list(difflib.unified_diff(FULL.read_text().splitlines(), path.read_text().splitlines(), n=0))[2:]
+    parts = [INTRODUCTION]
+    for path, other in PAIRS.items():
+        (_, full), (docstring, variant), lines = split(other), split(path), other.read_text().splitlines()
+        name, differs = re.search(r"Differs from (\S+) in\n((?: {4}.*\n?)+)", docstring).groups()
+        every = list(difflib.unified_diff(lines, path.read_text().splitlines(), n=0))[2:]
         removed, added = (sum(line.startswith(sign) for line in every) for sign in "-+")
-        parts.append(f"## {path.relative_to(ROOT)}\n\n{of - removed + added} lines: {removed} of the full agent's {of} "
-                     f"removed or replaced, {added} of its own.\n\n"
-                     f"```\n{differs}\n```\n\n```diff\n" + "\n".join(hunks(full, variant)) + "\n```\n")
+        parts.append(f"## {path.relative_to(ROOT)}\n\n{len(lines) - removed + added} lines: {removed} of the {len(lines)} "
+                     f"of {name} removed or replaced, {added} of its own.\n\n```\n{differs.rstrip()}\n```\n\n```diff\n"
+                     + "\n".join(hunks(full, variant)) + "\n```\n")
     return "\n".join(parts)
 
 

@@ -1,5 +1,8 @@
-"""Write into the other scripts what they share with spowl_continuous.py: every definition that a script's docstring does
-not list as its own, the imports, the headings, and all of what surrounds the method.
+"""Write into the other scripts what they share with spowl_continuous.py.
+
+A variant, whose docstring says "Differs from SCRIPT in", shares every definition that it does not list there, the
+imports, the headings, and all of what surrounds the method. Another method, whose docstring says "Shares with SCRIPT",
+shares the definitions listed there, the imports, and all of what surrounds the method.
 
     python benchmark/sync.py            # write
     python benchmark/sync.py --check    # exit status 1 and a list if something would be written
@@ -11,18 +14,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = ROOT / "spowl_continuous.py"
-VARIANTS = sorted({*ROOT.glob("spowl_*.py"), *ROOT.glob("ablations/*.py")} - {FULL})
 KINDS = ("changed", "removed", "added", "flags")
+SURROUND = "# From here on, what surrounds the method"
+
+
+def relation(source):
+    """How a script is related to which other one, and the lines that say in what: "Differs from" or "Shares with"."""
+    found = re.search(r"(Differs from|Shares with) (\S+\.py).*\n((?: {4}.*\n?)+)", ast.get_docstring(ast.parse(source)))
+    return found and (found[1], ROOT / found[2], found[3].rstrip())
+
+
+def scripts(how):
+    """The scripts that are so related to another one, those related to the full agent first: {path: the other one}."""
+    every = sorted({*ROOT.glob("spowl_*.py"), *ROOT.glob("ablations/*.py"), *ROOT.glob("baselines/*.py")} - {FULL})
+    found = {path: relation(path.read_text()) for path in every}
+    chosen = {path: other for path, (kind, other, _) in found.items() if kind == how}
+    return dict(sorted(chosen.items(), key=lambda item: item[1] != FULL))
 
 
 def claims(source):
-    """What a variant's docstring lists as different: {kind: names} from lines such as `changed: act, Actor - why`."""
-    section = ast.get_docstring(ast.parse(source)).split("Differs from spowl_continuous.py in\n")[1].split("\n\n")[0]
-    listed = {kind: set() for kind in KINDS}
+    """What a script's docstring lists: {kind: names} from lines such as `changed: act, Actor - why`."""
+    how, _, section = relation(source)
+    listed = {kind: set() for kind in (KINDS if how == "Differs from" else ("same",))}
     for line in re.sub(r"\n {8,}", " ", section).splitlines():
         kind, names, _ = re.fullmatch(r" {4}(\w+): ([\w, ]+) - (.+)", line).groups()
         listed[kind] |= set(names.split(", "))
     return listed
+
+
+VARIANTS, OTHERS = scripts("Differs from"), scripts("Shares with")
 
 
 def name_of(node):
@@ -92,13 +112,33 @@ def synced(full, variant):
     return text
 
 
+def imports(source):
+    """A script's text between the module's docstring and its first definition or heading."""
+    after = "".join(source.splitlines(keepends=True)[ast.parse(source).body[0].end_lineno:])
+    return after[:after.index("\n# ---")]
+
+
+def surrounded(full, other):
+    """Another method's source with the imports, what surrounds the method and the listed definitions of the full agent."""
+    shared = {name: text for name, _, text, _ in segments(full) if name in claims(other)["same"]}
+    method = other[:other.index(SURROUND)].replace(imports(other), imports(full), 1)
+    for name, _, text, _ in segments(method):
+        if name in shared:
+            method = method.replace(text, shared[name], 1)
+    return method + full[full.index(SURROUND):]
+
+
 def main():
-    stale = [path for path in VARIANTS if synced(FULL.read_text(), path.read_text()) != path.read_text()]
-    for path in stale:
-        print(path.relative_to(ROOT))
-        if "--check" not in sys.argv:
-            path.write_text(synced(FULL.read_text(), path.read_text()))
-    sys.exit(bool(stale) and "--check" in sys.argv)
+    stale = False
+    for write, paths in ((surrounded, OTHERS), (synced, VARIANTS)):
+        for path, other in paths.items():
+            source = path.read_text()
+            if (written := write(other.read_text(), source)) != source:
+                stale = True
+                print(path.relative_to(ROOT))
+                if "--check" not in sys.argv:
+                    path.write_text(written)
+    sys.exit(stale and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def test_critic_metrics_by_hand(monkeypatch):
     monkeypatch.setattr(spowl, "encode", lambda args, model, obs: obs)
     monkeypatch.setattr(spowl, "cost_heads", lambda args, factor, z, action: factor * z[None, :, 0])
     args = small_args(cost_gamma=0.5)
-    metrics = critic_metrics(args, {"cost": 1.0, "qc": 10.0}, [{"played": played}])
+    metrics = critic_metrics(args, SimpleNamespace(model={"cost": 1.0, "qc": 10.0}), [{"played": played}])
     followed = np.array([0, 0, 0, 1, 1, 0, 1, 70.0])
     for t in reversed(range(7)):
         followed[t] += 0.5 * followed[t + 1]
@@ -267,5 +267,5 @@ def test_critic_metrics_of_episodes_without_cost():
     args = small_args(cost_gamma=0.9)
     agent, zeros = random_agent(args, 3, 2), np.zeros(4, np.float32)
     obs, action = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32)
-    metrics = critic_metrics(args, agent.model, [{"played": Transition(obs, action, zeros, zeros, obs, zeros, zeros)}])
+    metrics = critic_metrics(args, agent, [{"played": Transition(obs, action, zeros, zeros, obs, zeros, zeros)}])
     assert metrics.keys() == {"critic/read_outside", "critic/followed_outside"}

@@ -111,7 +111,7 @@ def test_twenty_killed_processes(place):
 def learn(scripted_envs, monkeypatch):
     """learn(lives, eval_lives, ...) runs `learn` on scripted environments, 22 and 12 steps long unless given: 100
     steps, random until 50, evaluated there and at 100, without updates -> the last evaluation's episodes."""
-    monkeypatch.setattr(spowl, "critic_metrics", lambda args, model, episodes: {})
+    monkeypatch.setattr(spowl, "critic_metrics", lambda args, agent, episodes: {})
 
     def run(lives=None, eval_lives=None, stopping=(), **flags):
         flags = {"total_timesteps": 100, "learning_starts": 50, "train_every": 50, "eval_every": 50, "eval_episodes": 2,

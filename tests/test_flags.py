@@ -171,7 +171,7 @@ def test_a_place_that_cannot_hold_runs_is_refused(refused, tmp_path, monkeypatch
 
 def test_a_buffer_that_cannot_fit_is_refused(refused):
     args = parse_args(["--buffer-size", "1e11"])
-    with pytest.raises(SystemExit, match=r"^--buffer-size 100000000000 needs \d+\.\d GiB, .* has \d+\.\d: lower it$"):
+    with pytest.raises(SystemExit, match=r"^the replay buffer needs \d+\.\d GiB, .* has \d+\.\d: lower --buffer-size$"):
         spowl.check_device(args, (60, 2))
     spowl.check_device(dataclasses.replace(args, evaluate="somewhere"), (60, 2))  # needs none
     spowl.check_device(parse_args([]), (60, 2))

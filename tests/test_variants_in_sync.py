@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 from benchmark import diffs, sync
-from benchmark.sync import FULL, KINDS, ROOT, VARIANTS, claims, flags_of, name_of
+from benchmark.sync import FULL, OTHERS, ROOT, SURROUND, VARIANTS, claims, flags_of, name_of
 
 EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
-                               for paths in ([FULL, *VARIANTS], VARIANTS))
+                               for paths in ([FULL, *OTHERS, *VARIANTS], VARIANTS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,11 +82,30 @@ def drift(full, variant, listed=None):
 def test_all_variants_are_compared():
     assert {path.stem for path in VARIANTS} >= {"spowl_fixed_threshold", "spowl_plan_only", "spowl_policy_only",
                                                 "spowl_decoder"}
+    folders = ("*.py", "ablations/*.py", "baselines/*.py")
+    assert {FULL, *OTHERS, *VARIANTS} == {path for folder in folders for path in ROOT.glob(folder)}
 
 
 @EVERY_VARIANT
-def test_variant_is_the_full_agent_but_for_what_it_lists(path):
-    assert drift(FULL.read_text(), path.read_text()) == []
+def test_variant_is_the_other_script_but_for_what_it_lists(path):
+    assert drift(VARIANTS[path].read_text(), path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_another_method_has_the_same_around_it(path):
+    """What surrounds the method, the imports, the header and the listed definitions are the other script's."""
+    full, other = OTHERS[path].read_text(), path.read_text()
+    assert full.partition(SURROUND)[2] == other.partition(SURROUND)[2]
+    assert sync.imports(full) == sync.imports(other) and full.partition('"""')[0] == other.partition('"""')[0]
+    ours, theirs = pieces(full)[0], pieces(other)[0]
+    for name in claims(other)["same"]:
+        assert ours[name] == theirs[name], name
+    method = {name for name, text in pieces(other.partition(SURROUND)[0])[0].items() if ours.get(name) == text}
+    assert {name for name in method if not name.startswith("Args.")} == claims(other)["same"]
+    assert sync.surrounded(full, other) == other
+    changed = full.replace("MAX_FAILURES = 10", "MAX_FAILURES = 11").replace("INT\", whole", "INT\", float")
+    assert sync.surrounded(changed, other) == other.replace("MAX_FAILURES = 10", "MAX_FAILURES = 11").replace(
+        "INT\", whole", "INT\", float")
 
 
 @EVERY_SCRIPT
@@ -125,7 +144,7 @@ AIMS = {"spowl_plan_only": 60, "spowl_policy_only": 60, "spowl_fixed_threshold":
 @pytest.mark.parametrize("path", [path for path in VARIANTS if path.stem in AIMS], ids=lambda path: path.stem)
 def test_a_variant_is_a_short_diff(path):
     """Lines that a variant has and the full agent has not."""
-    lines = list(difflib.unified_diff(FULL.read_text().splitlines(), path.read_text().splitlines(), n=0))[2:]
+    lines = list(difflib.unified_diff(VARIANTS[path].read_text().splitlines(), path.read_text().splitlines(), n=0))[2:]
     assert 0 < sum(line.startswith("+") for line in lines) < AIMS[path.stem]
 
 
@@ -153,7 +172,7 @@ PLANTED = {  # what somebody might do to one script and forget in the others -> 
 }
 
 
-@pytest.mark.parametrize("path", VARIANTS[:1], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", list(VARIANTS)[:1], ids=lambda path: path.stem)
 @pytest.mark.parametrize("what", PLANTED)
 def test_planted_drift_is_reported(path, what):
     """In whichever of the two it is planted."""
@@ -168,14 +187,14 @@ def test_planted_drift_is_reported(path, what):
 @EVERY_VARIANT
 def test_an_untrue_list_is_reported(path):
     """A listed name that is the same, one that is gone on both sides, and a change that is not listed."""
-    full, variant = FULL.read_text(), path.read_text()
+    full, variant = VARIANTS[path].read_text(), path.read_text()
     listed = claims(variant)
     claim = lambda kind, name: drift(full, variant, listed | {kind: listed[kind] | {name}})
-    assert claim("changed", "symlog") == ["symlog is listed as changed but is the same"]
+    assert claim("changed", "write_csv") == ["write_csv is listed as changed but is the same"]
     assert claim("changed", "nowhere") == ["nowhere is listed as changed but does not exist in both"]
     assert claim("flags", "gamma") == ["Args.gamma is listed but is the same"]
-    assert claim("removed", "symlog") == ["symlog is listed as removed"]
-    assert claim("added", "symlog") == ["symlog is listed as added"]
+    assert claim("removed", "write_csv") == ["write_csv is listed as removed"]
+    assert claim("added", "write_csv") == ["write_csv is listed as added"]
     for kind, names in listed.items():
         for name in names:
             (sentence,) = drift(full, variant, listed | {kind: names - {name}})
@@ -185,10 +204,11 @@ def test_an_untrue_list_is_reported(path):
 @EVERY_VARIANT
 def test_another_order_is_reported(path):
     source = path.read_text()
-    one, other = (pieces(source)[0][name] for name in ("symlog", "symexp"))
+    one, other = (pieces(source)[0][name] for name in ("write_csv", "flatten"))
     before, _, rest = source.partition(one)
     between, _, after = rest.partition(other)
-    assert drift(FULL.read_text(), before + other + between + one + after) == ["the order of the definitions differs"]
+    moved = before + other + between + one + after
+    assert drift(VARIANTS[path].read_text(), moved) == ["the order of the definitions differs"]
 
 
 SHARED = {  # what is changed in the full agent alone, and then written into the others
@@ -200,7 +220,7 @@ SHARED = {  # what is changed in the full agent alone, and then written into the
 }
 
 
-@EVERY_VARIANT
+@pytest.mark.parametrize("path", [path for path in VARIANTS if VARIANTS[path] == FULL], ids=lambda path: path.stem)
 @pytest.mark.parametrize("what", SHARED)
 def test_sync_writes_what_is_shared_and_keeps_what_is_not(path, what):
     old, new = SHARED[what]
