@@ -1,4 +1,4 @@
-"""Write diffs.md: how each variant differs from the script that it is a variant of, removed definitions shortened to their first lines.
+"""Write diffs.md: how each variant differs from the script it is a variant of, removed definitions in their first line.
 
     python benchmark/diffs.py
 """
@@ -13,8 +13,8 @@ PAIRS = {ROOT / name: FULL for name in ("spowl_plan_only.py", "spowl_policy_only
                                         "ablations/spowl_decoder.py")}
 INTRODUCTION = """# The variants as diffs
 
-What `diff SCRIPT VARIANT` shows, SCRIPT the one that it is a variant of, after the module's docstring. `@@` names the definition a change lies in;
-a definition that is removed whole is shown by its first line. Written by `python benchmark/diffs.py`; a test compares
+What `diff SCRIPT VARIANT` shows, SCRIPT the one that it is a variant of, after the module's docstring. `@@` names the
+definition a change lies in; a definition that is removed whole is shown by its first line. Written by `python benchmark/diffs.py`; a test compares
 this page with the scripts.
 """
 DEFINITION = ("def ", "class ", "@")
@@ -51,8 +51,9 @@ def page():
         name, differs = re.search(r"Differs from (\S+) in\n((?: {4}.*\n?)+)", docstring).groups()
         every = list(difflib.unified_diff(lines, path.read_text().splitlines(), n=0))[2:]
         removed, added = (sum(line.startswith(sign) for line in every) for sign in "-+")
-        parts.append(f"## {path.relative_to(ROOT)}\n\n{len(lines) - removed + added} lines: {removed} of the {len(lines)} "
-                     f"of {name} removed or replaced, {added} of its own.\n\n```\n{differs.rstrip()}\n```\n\n```diff\n"
+        left = len(lines) - removed + added
+        parts.append(f"## {path.relative_to(ROOT)}\n\n{left} lines: {removed} of the {len(lines)} of {name} removed or "
+                     f"replaced, {added} of its own.\n\n```\n{differs.rstrip()}\n```\n\n```diff\n"
                      + "\n".join(hunks(full, variant)) + "\n```\n")
     return "\n".join(parts)
 

@@ -119,7 +119,7 @@ def imports(source):
 
 
 def surrounded(full, other):
-    """Another method's source with the imports, what surrounds the method and the listed definitions of the full agent."""
+    """Another method's source with the full agent's imports, listed definitions and surroundings of the method."""
     shared = {name: text for name, _, text, _ in segments(full) if name in claims(other)["same"]}
     method = other[:other.index(SURROUND)].replace(imports(other), imports(full), 1)
     for name, _, text, _ in segments(method):

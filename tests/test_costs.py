@@ -2,6 +2,7 @@
 pace, presets; and what the critic knew."""
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
