@@ -985,19 +985,15 @@ def cost_to_go(cost, terminated, last, gamma):
     return following
 
 
-def critic_metrics(args, agent, episodes):
-    """What the cost heads and Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
+def read_and_followed(args, episodes, read):
+    """Mean cost value read, (T,) of all episodes' steps, and mean discounted cost that followed: numbers by tag.
 
-    critic/cost_auc: of the one-step cost heads for "this agent step costs". critic/read_..., critic/followed_...: mean
-    Qc(s, a) and mean discounted cost that followed, in states inside a hazard (the step before cost), outside, and
-    before_k: k = 1 to 5 agent steps before a hazard is entered (before_1 is the step that enters)."""
-    rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
-    z = encode(args, agent.model, rows.obs)
-    one_step, qc = (np.asarray(cost_heads(args, agent.model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
-    read = np.split(qc, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
+    critic/read_..., critic/followed_... in states inside a hazard (the step before cost), outside, and before_k: k = 1
+    to 5 agent steps before a hazard is entered (before_1 is the step that enters); none for what did not occur."""
+    each = np.split(read, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
     groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
-    for qc, played in zip(read, (episode["played"] for episode in episodes)):
-        followed = cost_to_go(played.cost, played.terminated, qc[-1], args.cost_gamma)
+    for values, played in zip(each, (episode["played"] for episode in episodes)):
+        followed = cost_to_go(played.cost, played.terminated, values[-1], args.cost_gamma)
         costly = played.cost > 0
         inside = np.concatenate([[False], costly[:-1]])
         entered = np.flatnonzero(costly & ~inside)
@@ -1005,13 +1001,21 @@ def critic_metrics(args, agent, episodes):
         for k in range(1, 6):  # k steps ahead nothing but the way to this entry
             chosen[f"before_{k}"] = [t - k + 1 for t in entered if t >= k - 1 and not inside[t - k + 1:t].any()]
         for name, where in chosen.items():
-            groups[name][0].extend(qc[where])
+            groups[name][0].extend(values[where])
             groups[name][1].extend(followed[where])
-    metrics = {"critic/cost_auc": auc(one_step, rows.cost > 0)}
-    for name, (read, followed) in groups.items():
-        if read:
-            metrics |= {f"critic/read_{name}": np.mean(read), f"critic/followed_{name}": np.mean(followed)}
-    return {tag: value for tag, value in metrics.items() if not math.isnan(value)}
+    return {f"critic/{what}_{name}": np.mean(values) for name, both in groups.items()
+            for what, values in zip(("read", "followed"), both) if values}
+
+
+def critic_metrics(args, agent, episodes):
+    """What the cost heads and Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
+
+    critic/cost_auc: of the one-step cost heads for "this agent step costs"; then `read_and_followed` of Qc(s, a)."""
+    rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
+    z = encode(args, agent.model, rows.obs)
+    one_step, qc = (np.asarray(cost_heads(args, agent.model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
+    area = auc(one_step, rows.cost > 0)
+    return ({} if math.isnan(area) else {"critic/cost_auc": area}) | read_and_followed(args, episodes, qc)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
