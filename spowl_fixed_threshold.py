@@ -229,7 +229,7 @@ class WorldModel:
 
 @dataclasses.dataclass(frozen=True)
 class SafePolicy:
-    """Safe policy (Eq. 7-10)"""
+    """Policy (Eq. 7-10)"""
 
     entropy_coef: NotNegative = 1e-4
     """weight of the entropy bonus, multiplied by the action dimension"""
@@ -259,7 +259,7 @@ class SafePolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
-    """Safe improvement planning (Eq. 11-12, Algorithms 1-2)"""
+    """Planning (Eq. 11-12, Algorithms 1-2)"""
 
     horizon: Count = 3
     """agent steps H that a training sequence spans"""
@@ -956,7 +956,7 @@ def action_size(agent):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Diagnostics: what the cost heads and Qc knew
+# Diagnostics: what was known of the costs
 # ----------------------------------------------------------------------------------------------------------------------
 def auc(score, positive):
     """Area under the ROC curve, (N,) each: how often a positive's score is above another's (a tie is half a time)."""
@@ -995,8 +995,8 @@ def read_and_followed(args, episodes, read):
         for name, where in chosen.items():
             groups[name][0].extend(values[where])
             groups[name][1].extend(followed[where])
-    return {f"critic/{what}_{name}": np.mean(values) for name, both in groups.items()
-            for what, values in zip(("read", "followed"), both) if values}
+    return {tag: np.mean(values) for name, both in groups.items()
+            for tag, values in zip((f"critic/read_{name}", f"critic/followed_{name}"), both) if values}
 
 
 def critic_metrics(args, agent, episodes):

@@ -85,8 +85,8 @@ def with_flags(full, own, flags):
     theirs = fields(own)[1] if own else {}
     new = {name: before for before, name in zip([None, *theirs], theirs) if name in flags and name not in shared}
     for name in shared:
-        text += theirs[name] if name in flags and name in theirs else shared[name]
-        last = name
+        if not own or name not in flags or name in theirs:  # a listed flag that is not there is removed
+            text, last = text + (theirs[name] if name in flags and name in theirs else shared[name]), name
         while follower := next((flag for flag, before in new.items() if before == last), None):
             text, last = text + theirs[follower], follower
     return text

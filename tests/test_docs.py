@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmark" / "diffs.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted((ROOT / "ablations").glob("*.py"))]
+SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted(ROOT.glob("ablations/*.py")), *sorted(ROOT.glob("baselines/*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TAG = re.compile(r"""["'{ ](?:charts|eval|critic|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
 
@@ -38,12 +38,12 @@ def logged_tags(script):
     """Every tag in a script's text; names that are put together are written out here, from the dicts they come from."""
     text = script.read_text()
     tags = {tag[1:] for tag in TAG.findall(text)}
-    terms = text[text.index("    terms = {"):]
-    tags |= {f"losses/{name}" for name in re.findall(r'^        "(\w+)": ', terms[:terms.index("    }")], re.MULTILINE)}
+    for terms in re.findall(r"    terms = \{.*?    \}", text, re.DOTALL):
+        tags |= {f"losses/{name}" for name in re.findall(r'^        "(\w+)": ', terms, re.MULTILINE)}
     tags |= {f"losses/{name}" for name in re.findall(r'    losses\["(\w+)"\] = ', text)}
-    *groups, before = re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text)[0]  # where the critic is read
-    for tag in [tag for tag in tags if tag.startswith("critic/") and tag.endswith("_")]:
-        tags = tags - {tag} | {tag + name for name in (*groups, *(f"{before}{k}" for k in range(1, 6)))}
+    for *groups, before in re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text):  # where the critic is read
+        for tag in [tag for tag in tags if tag.startswith("critic/") and tag.endswith("_")]:
+            tags = tags - {tag} | {tag + name for name in (*groups, *(f"{before}{k}" for k in range(1, 6)))}
     return tags - {"losses/"}
 
 

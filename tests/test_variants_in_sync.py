@@ -66,7 +66,7 @@ def drift(full, variant, listed=None):
     found += [f"{name} is listed but is the same" for name in flags if ours.get(name) == theirs.get(name)]
     found += [f"{name} differs" for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]
               and name not in allowed]
-    found += [f"{name} is missing" for name in ours.keys() - theirs.keys() - listed["removed"]]
+    found += [f"{name} is missing" for name in ours.keys() - theirs.keys() - listed["removed"] - flags]
     found += [f"{name} is listed as removed" for name in listed["removed"] if name in theirs or name not in ours]
     found += [f"{name} is extra" for name in theirs.keys() - ours.keys() - listed["added"] - flags]
     found += [f"{name} is listed as added" for name in listed["added"] if name in ours or name not in theirs]

@@ -1,0 +1,1697 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "safety-gymnasium==1.0.0",
+#     "gymnasium==0.28.1",
+#     "mujoco",
+#     "numpy==2.3.5",
+#     "pyyaml==6.0.3",
+#     "imageio==2.38.1",
+#     "imageio-ffmpeg==0.6.0",
+#     "pillow==12.3.0",
+#     "jax==0.10.2",
+#     "jaxlib==0.10.2",
+#     "scipy==1.17.1",
+#     "optax==0.2.8",
+#     "tyro==1.0.16",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+# ]
+# [tool.uv]
+# override-dependencies = [  # safety-gymnasium asks for a MuJoCo and a pygame that have no wheels for these Pythons
+#     "mujoco==3.1.6 ; python_version < '3.13'",
+#     "mujoco==3.2.7 ; python_version >= '3.13'",
+#     "gymnasium-robotics ; sys_platform == 'never'",
+#     "pygame ; sys_platform == 'never'",
+# ]
+# ///
+"""TD-MPC2 (arXiv 2310.16828) on Safety-Gymnasium, without a constraint: no cost heads, no multiplier, no thresholds, no
+switch. The cost is only logged.
+
+One file, pure functions. A latent world model is learned from replayed sequences, a policy is trained on its latents to
+maximise the model's Q, and a cross-entropy planner, started from the policy's sequences, acts at every step.
+
+    for every 5,000 simulator steps:
+        for every agent step, all environments at once:
+            z = h(s);  A_pi = policy sequences from z
+            repeat: sample sequences around (mean, std), join A_pi, score all in the model, refit to the best k
+            step the simulator with the first action of one of the best, add the transition to the replay ring
+        for every agent step just collected:
+            sample sequences, update the world model, then the policy, then the target networks
+
+Shapes: E environments, B batch, H horizon, N planner samples, P policy sequences, K ensemble heads, O observation,
+A action, Z latent, M bins. "Steps" are simulator steps unless called agent steps (one = `action_repeat` of them).
+
+Differs from spowl_continuous.py in
+    changed: PRESETS, rules, init_model - without what is not there
+    changed: policy_sample, policy_loss - the entropy of the Gaussian before tanh, no constraint
+    changed: evaluate_plans, select_elites, plan - returns alone: the elites are the k of highest J
+    changed: decide, init_actor, act - executes the plan's action
+    changed: td_targets, world_model_loss, AgentState, init_agent, update - no cost heads, no multiplier
+    changed: critic_metrics - there are none
+    removed: cost_bins, cost_two_hot, cost_read_out, free_of_cost, cost_heads - no costs are predicted
+    removed: pace, augmented_lagrangian, bootstrap_bounds, prefer_plan - no multiplier, no switch
+    removed: auc, cost_to_go, read_and_followed - no critic to look at
+    flags: num_qc, num_c, cost_coef, cost_value_coef, cost_positive_weight, cost_gamma, cost_read_out - removed
+    flags: cost_target_agg, cost_limit, lagrangian_heads, lagrangian_agg, lambda_init, lambda_max - removed
+    flags: mu_init, mu_growth, mu_max, plan_cost_agg, switch_rule, bootstrap_samples - removed
+    flags: dropout, gamma, rho, num_elites, iterations, temperature - say what they mean here
+"""
+
+import atexit
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import fcntl
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_type_hints
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------------------
+def whole(words):
+    """An integer, also written as 1e5."""
+    if float(words[0]) % 1:
+        raise ValueError("must be a whole number")
+    return int(float(words[0]))
+
+
+Whole = tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", whole, lambda value: isinstance(value, int), lambda value: [str(value)])
+LARGE = 1e300
+Count = Annotated[int, Whole, (1, LARGE)]  # the range that a value must lie in
+Natural = Annotated[int, Whole, (0, LARGE)]
+Positive = Annotated[float, (1 / LARGE, LARGE)]
+NotNegative = Annotated[float, (0.0, LARGE)]
+Share = Annotated[float, (0.0, 1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is run, and what is written"""
+
+    env_id: str = "SafetyPointGoal1-v0"
+    """task of Safety-Gymnasium"""
+    preset: Literal["paper", "laptop"] = "paper"
+    """values of all flags that are not given: the paper's, or PRESETS["laptop"], for two cores and within the hour"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's directory"""
+    seed: Annotated[int, Whole, (0, 2**32 - 1)] = 1
+    """seed of every random stream: networks, exploration, batches, environments"""
+    total_timesteps: Count = 5_000_000
+    """simulator steps of the whole run, all environments together"""
+    runs_dir: str = "runs"
+    """directory that receives the run's own directory"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "spowl"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team on Weights & Biases"""
+    capture_video: bool = False
+    """write an mp4 of one episode at every evaluation, seen by the camera that shows the whole scene"""
+    resume: str | None = None
+    """run directory to go on with: its flags are taken over, its newest checkpoint loaded"""
+    evaluate: str | None = None
+    """run directory whose newest checkpoint is evaluated, without training"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Steps, environments and replay"""
+
+    num_envs: Count = 10
+    """environments stepped in parallel, in as many processes as there are cores"""
+    action_repeat: Count = 5
+    """simulator steps per agent step; reward and cost are summed over them"""
+    learning_starts: Natural = 5_000
+    """simulator steps with uniformly random actions before the first update"""
+    train_every: Count = 5_000
+    """simulator steps between two blocks of updates"""
+    updates_per_step: Positive = 1.0
+    """updates per agent step collected"""
+    obs_transform: Literal["raw", "log"] = "raw"
+    """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
+    env_timeout: Positive = 60.0
+    """seconds after which an environment's process that gives no answer counts as dead"""
+    eval_every: Natural = 50_000
+    """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
+    eval_episodes: Count = 10
+    """whole episodes per evaluation, on environments and seeds of their own"""
+    buffer_size: Count = 1_000_000
+    """transitions kept for replay, all environments together; the oldest are overwritten"""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldModel:
+    """World model (Eq. 5-6)"""
+
+    latent_dim: Count = 512
+    """size Z of the latent; a multiple of simnorm_dim"""
+    enc_dim: Count = 256
+    """width of the encoder's hidden layer"""
+    mlp_dim: Count = 512
+    """width of the two hidden layers of every other network"""
+    simnorm_dim: Count = 8
+    """size of the groups in which a latent is normalised by softmax"""
+    num_bins: Annotated[int, Whole, (2, LARGE)] = 101
+    """bins M of the discrete regression"""
+    bin_limit: Positive = 10.0
+    """the bins span [-bin_limit, bin_limit] in symlog space"""
+    num_q: Count = 5
+    """heads of the value ensemble Q"""
+    dropout: Annotated[float, (0.0, 0.99)] = 0.01
+    """dropout after the first layer of Q, in its cross-entropy alone"""
+    batch_size: Count = 256
+    """sequences per update"""
+    learning_rate: Positive = 3e-4
+    """step size of Adam, for model and policy"""
+    enc_lr_scale: Positive = 0.3
+    """the encoder's step size is learning_rate times this"""
+    grad_clip: Positive = 20.0
+    """largest global norm of a gradient, model and policy each on their own"""
+    rho: Annotated[float, (1 / LARGE, 1.0)] = 0.5
+    """weight rho^t of step t of the rollout in every loss"""
+    consistency_coef: NotNegative = 20.0
+    """weight of the latent consistency loss"""
+    reward_coef: NotNegative = 0.1
+    """weight of the reward cross-entropy"""
+    value_coef: NotNegative = 0.1
+    """weight of the Q cross-entropy"""
+    gamma: Share = 0.975
+    """discount of reward per agent step; TD-MPC2: (E/5 - 1)/(E/5) within [0.95, 0.995], E agent steps an episode"""
+    tau: Annotated[float, (1 / LARGE, 1.0)] = 0.01
+    """share by which the target networks move after every update"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SafePolicy:
+    """Policy (Eq. 7-10)"""
+
+    entropy_coef: NotNegative = 1e-4
+    """weight of the entropy bonus, multiplied by the action dimension"""
+    log_std_min: float = -10.0
+    """lower bound of the policy's log standard deviation"""
+    log_std_max: float = 2.0
+    """upper bound of the policy's log standard deviation"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """Planning (Eq. 11-12, Algorithms 1-2)"""
+
+    horizon: Count = 3
+    """agent steps H that a training sequence spans"""
+    plan_horizon: Annotated[int | None, (1, LARGE)] = None
+    """agent steps that the planner looks ahead; by default --horizon"""
+    num_samples: Count = 512
+    """sequences N scored per iteration, the policy's included"""
+    num_pi_trajs: Count = 24
+    """sequences P among them that are rolled out with the policy"""
+    num_elites: Count = 64
+    """sequences k that the next mean and std are fitted to"""
+    iterations: Count = 6
+    """refinements of the plan per agent step; TD-MPC2 takes 8 where an action has 20 dimensions or more"""
+    temperature: NotNegative = 0.5
+    """elites are weighted by softmax(temperature * return)"""
+    min_std: Positive = 0.05
+    """smallest standard deviation of the sampled sequences"""
+    max_std: float = 2.0
+    """largest and first standard deviation of the sampled sequences"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Planning, SafePolicy, WorldModel, Protocol, Experiment):
+    """TD-MPC2 on Safety-Gymnasium: a latent world model, a policy, a planner that improves on it. Costs are logged."""
+
+
+GROUPS = (Experiment, Protocol, WorldModel, SafePolicy, Planning)
+
+
+PRESETS = {
+    "paper": {},
+    "laptop": dict(
+        total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="log",
+        latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, batch_size=128, plan_horizon=6, num_samples=128,
+        num_pi_trajs=12, num_elites=16, iterations=4),
+}
+
+
+def advice(args):
+    """A line to begin a run on a CPU with, or ""."""
+    if args.preset != "paper":
+        return ""
+    days = args.total_timesteps * args.mlp_dim**2 / (5e6 * 512**2) * 7  # measured on two cores, to a factor of two
+    return f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one"
+
+
+def rules(args):
+    """What must hold between flags: pairs of whether it does and what to say where it does not."""
+    block, updates = args.num_envs * args.action_repeat, args.train_every / args.action_repeat * args.updates_per_step
+    near = max(round(args.train_every / block), 1) * block
+    return [
+        ("/" not in args.exp_name, "--exp-name must not hold a slash: it becomes part of a directory's name"),
+        (args.latent_dim % args.simnorm_dim == 0, "--latent-dim must be a multiple of --simnorm-dim"),
+        (args.train_every % block == 0,
+         f"--train-every must be a multiple of --num-envs x --action-repeat = {block}, for example {near}"),
+        (args.learning_starts >= block * args.horizon,
+         f"--learning-starts must be at least --num-envs x --action-repeat x --horizon = {block * args.horizon}"),
+        (updates % 1 == 0, f"--updates-per-step must make a whole number of updates of {args.train_every} / "
+         f"{args.action_repeat} agent steps"),
+        (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
+        (args.buffer_size // args.num_envs > args.horizon,
+         "--buffer-size must hold more than --horizon transitions per environment"),
+        (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
+        (args.num_elites <= args.num_samples, "--num-elites must not exceed --num-samples"),
+        (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
+        (args.log_std_min < args.log_std_max, "--log-std-min must be smaller than --log-std-max"),
+        (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Maths
+# ----------------------------------------------------------------------------------------------------------------------
+def symlog(x):
+    """sign(x) log(1 + |x|)"""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def symexp(x):
+    """Inverse of symlog."""
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def transform_obs(obs, low, high):
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
+
+    Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
+    gets half of the scale. Unbounded entries become symlog(x); others stay."""
+    near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
+    unbounded = np.sign(obs) * np.log1p(np.abs(obs))
+    return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
+
+
+def two_hot(x, num_bins, limit):
+    """(...) -> (..., M): symlog(x), clipped to the bins' range, as weights on its two neighbouring bins."""
+    position = (jnp.clip(symlog(x), -limit, limit) + limit) * ((num_bins - 1) / (2 * limit))
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
+
+
+def read_out(logits, limit):
+    """(..., M) -> (...): the number that logits stand for, symexp(sum softmax(logits) bins)."""
+    bins = jnp.linspace(-limit, limit, logits.shape[-1])
+    return symexp(jnp.matmul(jax.nn.softmax(logits), bins, precision="highest"))  # a GPU would round to 10 bits
+
+
+def cross_entropy(logits, target):
+    """(..., M), (..., M) -> (...)"""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(target * logits, axis=-1)
+
+
+def layer_norm(x, scale, shift):
+    """Normalise the last axis to mean 0 and variance 1 (eps 1e-5), then scale and shift."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5) * scale + shift
+
+
+def sim_norm(x, group):
+    """(..., Z) -> (..., Z): softmax within groups of the given size."""
+    return jax.nn.softmax(x.reshape(*x.shape[:-1], -1, group)).reshape(x.shape)
+
+
+@jax.custom_vjp
+def norm_mish(x, scale, shift):
+    """Mish(layer_norm(x)), Mish(y) = y tanh(softplus(y)): the activation of every hidden layer.
+
+    Its derivative is written out because it needs one exponential, where XLA's would recompute several."""
+    return norm_mish_forward(x, scale, shift)[0]
+
+
+def norm_mish_forward(x, scale, shift):
+    centred = x - x.mean(-1, keepdims=True)
+    inv_std = jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5)
+    normed = centred * inv_std
+    y = normed * scale + shift
+    e = jnp.exp(jnp.minimum(y, 20.0))  # tanh(softplus(y)) = n / (n + 2), which is 1 in float32 from y = 20 on
+    n = e * (e + 2.0)
+    slope = (n + 4.0 * e * (e + 1.0) * y / (n + 2.0)) / (n + 2.0)
+    # the barrier keeps XLA from fusing, and so repeating, this work in the backward pass
+    return y * n / (n + 2.0), jax.lax.optimization_barrier((normed, inv_std, slope, scale))
+
+
+def norm_mish_backward(residuals, grad):
+    normed, inv_std, slope, scale = residuals
+    grad_y = grad * slope
+    weighted = grad_y * normed
+    mean = lambda x: jnp.matmul(x, scale, precision="highest")[..., None] / scale.size  # of x * scale, never in memory
+    grad_x = (grad_y * scale - mean(grad_y) - normed * mean(weighted)) * inv_std
+    rows = tuple(range(grad.ndim - 1))
+    return grad_x, jnp.sum(weighted, rows), jnp.sum(grad_y, rows)
+
+
+norm_mish.defvjp(norm_mish_forward, norm_mish_backward)
+
+
+def masked_mean(x, mask):
+    """Mean of x over its last axis where mask is 1; 0 where nothing is."""
+    return jnp.sum(x * mask, -1) / jnp.maximum(jnp.sum(mask, -1), 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks: an MLP is a tuple of layers, each a dict of arrays; an ensemble has one more leading axis
+# ----------------------------------------------------------------------------------------------------------------------
+def init_mlp(key, sizes, action_dim=0, norm_last=False, zero_last=False):
+    """Layers for `sizes` = (input, hidden..., output): truncated normal x 0.02, biases 0.
+
+    Where an action enters, the first layer keeps its rows apart (`w_action`): [z, a] W = z W_z + a W_a."""
+    layers = []
+    for i, (key, n_in, n_out) in enumerate(zip(jax.random.split(key, len(sizes) - 1), sizes[:-1], sizes[1:])):
+        last = i == len(sizes) - 2
+        key_w, key_action = jax.random.split(key)
+        w = jax.random.truncated_normal(key_w, -2.0, 2.0, (n_in, n_out))
+        layer = {"w": w * (0.0 if last and zero_last else 0.02), "b": jnp.zeros(n_out)}
+        if i == 0 and action_dim:
+            layer["w_action"] = 0.02 * jax.random.truncated_normal(key_action, -2.0, 2.0, (action_dim, n_out))
+        if not last or norm_last:
+            layer |= {"scale": jnp.ones(n_out), "shift": jnp.zeros(n_out)}
+        layers.append(layer)
+    return tuple(layers)
+
+
+def mlp(layers, x, action=None, keep=None):
+    """(..., in), (..., A) -> (..., out): Linear, dropout by the mask `keep`, LayerNorm, Mish, ..., Linear."""
+    lead = jnp.broadcast_shapes(x.shape[:-1], x.shape[:-1] if action is None else action.shape[:-1])
+    x = x.reshape(-1, x.shape[-1])  # plain rows: products over several leading axes are slower
+    for i, layer in enumerate(layers):
+        x = x @ layer["w"] + layer["b"]
+        if i == 0 and action is not None:
+            x = x + action.reshape(-1, action.shape[-1]) @ layer["w_action"]
+        if i == 0 and keep is not None:
+            x = x * keep
+        if i < len(layers) - 1:
+            x = norm_mish(x, layer["scale"], layer["shift"])
+    return x.reshape(*lead, -1)
+
+
+def ensemble(layers, z, action, keep=None):
+    """(..., Z), (..., A) -> (K, ..., M): every head's logits."""
+    if jax.default_backend() == "cpu":  # one head at a time stays in the cache: an update takes 15% less than by vmap
+        each = [jax.tree.map(lambda x: x[k], (layers, keep)) for k in range(layers[0]["b"].shape[0])]
+        return jnp.stack([mlp(head, z, action, kept) for head, kept in each])
+    return jax.vmap(mlp, in_axes=(0, None, None, None if keep is None else 0))(layers, z, action, keep)
+
+
+def latent_mlp(args, layers, x, action=None):
+    """An MLP whose output is a latent: ... Linear, LayerNorm, SimNorm."""
+    out = layer_norm(mlp(layers, x, action), layers[-1]["scale"], layers[-1]["shift"])
+    return sim_norm(out, args.simnorm_dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# World model and policy
+# ----------------------------------------------------------------------------------------------------------------------
+def init_model(args, key, obs_dim, action_dim):
+    """Encoder h, dynamics f, and the heads for reward and Q, as a dict of parameters."""
+    key_h, key_f, key_r, key_q = jax.random.split(key, 4)
+    head = partial(init_mlp, sizes=(args.latent_dim, args.mlp_dim, args.mlp_dim, args.num_bins), action_dim=action_dim,
+                   zero_last=True)
+    return {
+        "encoder": init_mlp(key_h, (obs_dim, args.enc_dim, args.latent_dim), norm_last=True),
+        "dynamics": init_mlp(key_f, (args.latent_dim, args.mlp_dim, args.mlp_dim, args.latent_dim), action_dim,
+                             norm_last=True),
+        "reward": head(key_r),
+        "q": jax.vmap(head)(jax.random.split(key_q, args.num_q)),
+    }
+
+
+def init_policy(args, key, action_dim):
+    """Z -> 2A: mean and log standard deviation of a squashed Gaussian."""
+    return init_mlp(key, (args.latent_dim, args.mlp_dim, args.mlp_dim, 2 * action_dim))
+
+
+def encode(args, model, obs):
+    """(..., O) -> (..., Z): z = h(s)."""
+    return latent_mlp(args, model["encoder"], obs)
+
+
+def next_latent(args, model, z, action):
+    """(..., Z), (..., A) -> (..., Z): f(z, a)."""
+    return latent_mlp(args, model["dynamics"], z, action)
+
+
+def heads(args, layers, z, action):
+    """(..., Z), (..., A) -> (K, ...): the values that the heads of Q read out."""
+    return read_out(ensemble(layers, z, action), args.bin_limit)
+
+
+def policy_sample(args, policy, z, key):
+    """(..., Z) -> action, mean action (..., A), log-density (...) of the Gaussian: a ~ pi(z), reparameterised.
+
+    TD-MPC2's entropy is that of the Gaussian before tanh: its code multiplies the correction in and divides it out."""
+    mean, log_std = jnp.split(mlp(policy, z), 2, axis=-1)
+    log_std = args.log_std_min + 0.5 * (args.log_std_max - args.log_std_min) * (jnp.tanh(log_std) + 1.0)
+    noise = jax.random.normal(key, mean.shape)
+    pre_tanh = mean + jnp.exp(log_std) * noise
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * math.log(2.0 * math.pi)
+    return jnp.tanh(pre_tanh), jnp.tanh(mean), jnp.sum(gaussian, -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replay buffer: a ring on the device
+# ----------------------------------------------------------------------------------------------------------------------
+class Transition(NamedTuple):
+    """One agent step of every environment, or arrays of them with more leading axes."""
+
+    obs: jax.Array  # (E, O)
+    action: jax.Array  # (E, A)
+    reward: jax.Array  # (E,)
+    cost: jax.Array  # (E,)
+    next_obs: jax.Array  # (E, O): the episode's own last observation where it ends, not the next episode's first
+    terminated: jax.Array  # (E,): 1 where the task ended: nothing is bootstrapped
+    done: jax.Array  # (E,): 1 where the episode ended, by termination or truncation
+
+
+class Buffer(NamedTuple):
+    """`rows` holds T agent steps of E environments; the next one is written at `head`, `size` of them are filled."""
+
+    rows: Transition  # (T, E, ...)
+    head: jax.Array
+    size: jax.Array
+
+
+def init_buffer(args, obs_dim, action_dim):
+    """An empty ring of args.buffer_size transitions."""
+    sizes = Transition((obs_dim,), (action_dim,), (), (), (obs_dim,), (), ())
+    rows = Transition(*(jnp.zeros((args.buffer_size // args.num_envs, args.num_envs, *size)) for size in sizes))
+    return Buffer(rows, jnp.int32(0), jnp.int32(0))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def add(buffer, transition):
+    """Write one agent step of every environment, in place, over the oldest if the ring is full."""
+    capacity = buffer.rows.reward.shape[0]
+    rows = jax.tree.map(lambda rows, new: rows.at[buffer.head].set(new), buffer.rows, transition)
+    return Buffer(rows, (buffer.head + 1) % capacity, jnp.minimum(buffer.size + 1, capacity))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def cut_episodes(buffer, cut):
+    """Mark the newest row as an episode's end (a truncation) where `cut` (E,): what is added next cannot join it."""
+    newest = buffer.rows.done[buffer.head - 1]
+    done = buffer.rows.done.at[buffer.head - 1].set(jnp.where(cut, 1.0, newest))
+    return buffer._replace(rows=buffer.rows._replace(done=done))
+
+
+def sample(args, buffer, key):
+    """B sequences of H transitions, (H, B, ...), uniform over environments and starts, none across the write head."""
+    capacity, num_envs = buffer.rows.reward.shape
+    key_env, key_start = jax.random.split(key)
+    env = jax.random.randint(key_env, (args.batch_size,), 0, num_envs)
+    age = jax.random.randint(key_start, (args.batch_size,), 0, buffer.size - args.horizon + 1)  # 0: the oldest row
+    row = (buffer.head - buffer.size + age + jnp.arange(args.horizon)[:, None]) % capacity
+    return jax.tree.map(lambda rows: rows[row, env], buffer.rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Acting
+# ----------------------------------------------------------------------------------------------------------------------
+def policy_rollout(args, model, policy, z, key):
+    """(Z,) -> (H, P, A): action sequences of the policy in latent space, the prior A_pi."""
+    z, actions = jnp.broadcast_to(z, (args.num_pi_trajs, z.size)), []
+    for key in jax.random.split(key, args.plan_horizon or args.horizon):
+        action, _, _ = policy_sample(args, policy, z, key)
+        z = next_latent(args, model, z, action)
+        actions.append(action)
+    return jnp.stack(actions)
+
+
+def evaluate_plans(args, model, policy, z, actions, key):
+    """(Z,), (H, N, A) -> J (N,): discounted return over the horizon, then the policy's value.
+
+    J = sum_i gamma^i r + gamma^H Q(z_H, pi(z_H)); Q is the mean over all online heads."""
+    returns, z = 0.0, z[None]  # one row: the first latent is common to all sequences
+    for i, action in enumerate(actions):
+        returns += args.gamma**i * read_out(mlp(model["reward"], z, action), args.bin_limit)
+        z = next_latent(args, model, z, action)
+    action, _, _ = policy_sample(args, policy, z, key)
+    return returns + args.gamma**len(actions) * heads(args, model["q"], z, action).mean(0)
+
+
+def select_elites(args, returns):
+    """(N,) -> mask of the k sequences of highest J (N,), metrics."""
+    best_returns, best = jax.lax.top_k(returns, args.num_elites)
+    return jnp.zeros(returns.shape, bool).at[best].set(True), {"planner/elite_return": best_returns.mean()}
+
+
+class Plan(NamedTuple):
+    mean: jax.Array  # (H, A)
+    std: jax.Array  # (H, A)
+    action: jax.Array  # (A,): first action of the elite that was drawn
+
+
+def plan(args, model, policy, z, last_mean, key):
+    """(Z,) -> Plan, metrics of its last iteration: cross-entropy refinement of action sequences towards the elites.
+
+    `last_mean` (H, A) is the mean of the plan one agent step ago (zeros after a reset)."""
+    key_rollout, key_prior, key_refine = jax.random.split(key, 3)
+    prior = policy_rollout(args, model, policy, z, key_rollout)
+    prior_returns = evaluate_plans(args, model, policy, z, prior, key_prior)  # once: they do not change
+
+    def refine(current, key):
+        key_sample, key_value, key_draw = jax.random.split(key, 3)
+        noise = jax.random.normal(key_sample, (len(prior), args.num_samples - args.num_pi_trajs, prior.shape[-1]))
+        sampled = jnp.clip(current.mean[:, None] + current.std[:, None] * noise, -1.0, 1.0)
+        sampled_returns = evaluate_plans(args, model, policy, z, sampled, key_value)
+        actions = jnp.concatenate([prior, sampled], axis=1)
+        returns = jnp.concatenate([prior_returns, sampled_returns])
+        elites, metrics = select_elites(args, returns)
+        log_weights = jnp.where(elites, args.temperature * returns, -jnp.inf)
+        weights = jax.nn.softmax(log_weights)
+        average = partial(jnp.einsum, "n,hna->ha", weights, precision="highest")
+        mean = average(actions)
+        std = jnp.sqrt(average((actions - mean[:, None]) ** 2))
+        drawn = jax.random.categorical(key_draw, log_weights)
+        return Plan(mean, jnp.clip(std, args.min_std, args.max_std), actions[0, drawn]), metrics
+
+    first_mean = jnp.concatenate([last_mean[1:], jnp.zeros_like(last_mean[:1])])  # shifted by one step
+    first = Plan(first_mean, jnp.full_like(first_mean, args.max_std), first_mean[0])
+    final, metrics = jax.lax.scan(refine, first, jax.random.split(key_refine, args.iterations))
+    return final, jax.tree.map(lambda values: values[-1], metrics)
+
+
+def decide(args, model, policy, z, last_mean, key, explore):
+    """(Z,) -> action (A,), the plan's mean (H, A), metrics: one environment's action, always the plan's."""
+    key_plan, key_noise = jax.random.split(key)
+    final, metrics = plan(args, model, policy, z, last_mean, key_plan)
+    noise = final.std[0] * jax.random.normal(key_noise, final.action.shape)
+    action = jnp.clip(final.action + jnp.where(explore, noise, 0.0), -1.0, 1.0)
+    return action, final.mean, metrics | {"charts/balance": jnp.float32(1.0)}
+
+
+class Actor(NamedTuple):
+    """What acting carries from one agent step to the next."""
+
+    key: jax.Array
+    step: jax.Array  # agent steps taken; the step's own key is folded from it
+    plan_mean: jax.Array  # (E, H, A)
+    metrics: dict  # name -> (E,): sums over agent steps since they were last set to zero
+
+
+def init_actor(args, key, action_dim):
+    """An actor at the start of a run."""
+    names = ["charts/balance", "planner/elite_return"]
+    plan_mean = jnp.zeros((args.num_envs, args.plan_horizon or args.horizon, action_dim))
+    return Actor(jnp.copy(key), jnp.int32(0), plan_mean, {name: jnp.zeros(args.num_envs) for name in names})
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="actor")
+def act(args, agent, actor, obs, is_first, explore):
+    """The plans of all environments at once: obs (E, O), is_first (E,) -> action (E, A) in [-1, 1], next actor.
+
+    `is_first` marks the environments that were just reset; without `explore` no noise is added."""
+    keys = jax.random.split(jax.random.fold_in(actor.key, actor.step), obs.shape[0])
+    last_mean = jnp.where(is_first[:, None, None], 0.0, actor.plan_mean)
+    z = encode(args, agent.model, obs)
+    at_once = obs.shape[0]
+    if jax.default_backend() == "cpu":  # a few environments at a time: what is computed between stays in the cache
+        at_once = max(n for n in range(1, 6) if obs.shape[0] % n == 0)
+    action, plan_mean, metrics = jax.lax.map(
+        lambda each: decide(args, agent.model, agent.policy, *each, explore), (z, last_mean, keys), batch_size=at_once)
+    metrics = jax.tree.map(jnp.add, actor.metrics, metrics)
+    return action, Actor(actor.key, actor.step + 1, plan_mean, metrics)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+def random_heads(layers, num_heads, key):
+    """The parameters of `num_heads` different heads of an ensemble, drawn at random."""
+    total = layers[0]["b"].shape[0]
+    if num_heads >= total:
+        return layers
+    chosen = jax.random.choice(key, total, (num_heads,), replace=False)
+    return jax.tree.map(lambda x: x[chosen], layers)
+
+
+def td_targets(args, policy, target, batch, next_z, key):
+    """Targets (H, B) for Q, a' ~ pi(z'): r + gamma (1 - terminated) min of two random target heads."""
+    key_action, key_heads = jax.random.split(key)
+    next_action, _, _ = policy_sample(args, policy, next_z, key_action)
+    next_q = heads(args, random_heads(target["q"], 2, key_heads), next_z, next_action).min(0)
+    return batch.reward + args.gamma * (1.0 - batch.terminated) * next_q
+
+
+def alive_mask(done):
+    """(H, B) -> (H + 1, B): 1 until the first episode end of a sequence, its step included; 0 after it."""
+    return jnp.concatenate([jnp.ones_like(done[:1]), jnp.cumprod(1.0 - done, axis=0)])
+
+
+def dropout_mask(args, key, shape):
+    """0 with probability args.dropout, else 1 / (1 - args.dropout)."""
+    return jax.random.bernoulli(key, 1.0 - args.dropout, shape) / (1.0 - args.dropout)
+
+
+def world_model_loss(model, args, batch, next_z, q_target, keep_q):
+    """Consistency, reward and value loss on a latent rollout -> loss, (metrics, latents (H+1, B, Z)).
+
+    batch (H, B, ...); next_z = sg h(s') (H, B, Z); keep_q (K, H*B, mlp_dim): dropout masks of Q. Means are over the
+    sequences still in their first episode: past an episode's end nothing counts."""
+    zs = [encode(args, model, batch.obs[0])]
+    for action in batch.action:
+        zs.append(next_latent(args, model, zs[-1], action))
+    zs = jnp.stack(zs)
+    z, action, limit, bins = zs[:-1], batch.action, args.bin_limit, args.num_bins
+    reward, q_target = two_hot(batch.reward, bins, limit), two_hot(q_target, bins, limit)
+    terms = {  # (H, B) each
+        "consistency": jnp.mean((zs[1:] - next_z) ** 2, -1),
+        "reward": cross_entropy(mlp(model["reward"], z, action), reward),
+        "value": cross_entropy(ensemble(model["q"], z, action, keep_q), q_target).mean(0),
+    }
+    discount = args.rho ** jnp.arange(args.horizon)
+    mask = alive_mask(batch.done)[:-1]
+    losses = {name: jnp.sum(discount * masked_mean(term, mask)) / args.horizon for name, term in terms.items()}
+    total = (args.consistency_coef * losses["consistency"] + args.reward_coef * losses["reward"]
+             + args.value_coef * losses["value"])
+    metrics = {f"losses/{name}": loss for name, loss in losses.items()}
+    return total, (metrics | {"losses/total": total}, zs)
+
+
+def update_scale(scale, q):
+    """Running scale S of Q, (B,): an average of the 5-95 percentile range, at least 1, at the rate 0.01."""
+    low, high = jnp.percentile(q, jnp.array([5.0, 95.0]))
+    return scale + 0.01 * (jnp.maximum(high - low, 1.0) - scale)
+
+
+def policy_loss(policy, args, model, zs, mask, scale, key):
+    """mean_t rho^t mean_B [ beta A log pi - Q / S ] on the model's latents zs (H+1, B, Z), no gradient into them ->
+    loss, what the update needs. Q is the mean of two random online heads."""
+    key_action, key_q = jax.random.split(key)
+    action, _, log_prob = policy_sample(args, policy, zs, key_action)
+    q = heads(args, random_heads(model["q"], 2, key_q), zs, action).mean(0)
+    scale = update_scale(scale, jax.lax.stop_gradient(q[0]))
+    per_step = masked_mean(args.entropy_coef * action.shape[-1] * log_prob - q / scale, mask)
+    loss = jnp.mean(args.rho ** jnp.arange(args.horizon + 1) * per_step)
+    metrics = {"losses/policy": loss, "losses/q_scale": scale, "losses/entropy": -jnp.mean(log_prob[0])}
+    return loss, (scale, metrics)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+# ----------------------------------------------------------------------------------------------------------------------
+class AgentState(NamedTuple):
+    """Everything that learning changes."""
+
+    model: dict
+    policy: tuple
+    target: dict  # the heads of Q that targets are read from
+    model_opt: tuple
+    policy_opt: tuple
+    scale: jax.Array  # S
+    key: jax.Array
+    num_updates: jax.Array  # gradient updates done; each one's key is folded from it
+
+
+def model_optimizer(args):
+    """Adam under a clipped global norm; the encoder's step is smaller."""
+    slower = optax.masked(optax.scale(args.enc_lr_scale), lambda model: {name: name == "encoder" for name in model})
+    return optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.learning_rate, eps=1e-8), slower)
+
+
+def policy_optimizer(args):
+    return optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.learning_rate, eps=1e-5))
+
+
+def init_agent(args, key, obs_dim, action_dim):
+    """A fresh agent for observations and actions of those sizes; `key` is a typed key (jax.random.key)."""
+    key_model, key_policy, key_updates = jax.random.split(key, 3)
+    model, policy = init_model(args, key_model, obs_dim, action_dim), init_policy(args, key_policy, action_dim)
+    target = jax.tree.map(jnp.copy, {"q": model["q"]})  # a copy: both are donated to the update
+    return AgentState(model, policy, target, model_optimizer(args).init(model), policy_optimizer(args).init(policy),
+                      scale=jnp.float32(1.0), key=key_updates, num_updates=jnp.int32(0))
+
+
+def update(args, agent, batch, key):
+    """One gradient step of the world model, then of the policy and target networks -> agent, metrics.
+
+    `batch` is a Transition of sequences, (H, B, ...)."""
+    key_target, key_keep_q, key_policy = jax.random.split(key, 3)
+    next_z = encode(args, agent.model, batch.next_obs)
+    q_target = td_targets(args, agent.policy, agent.target, batch, next_z, key_target)
+    keep_q = dropout_mask(args, key_keep_q, (args.num_q, batch.reward.size, args.mlp_dim))
+    model_grads, (metrics, zs) = jax.grad(world_model_loss, has_aux=True)(
+        agent.model, args, batch, next_z, q_target, keep_q)
+    model_updates, model_opt = model_optimizer(args).update(model_grads, agent.model_opt, agent.model)
+    model = optax.apply_updates(agent.model, model_updates)
+
+    policy_grads, (scale, policy_metrics) = jax.grad(policy_loss, has_aux=True)(
+        agent.policy, args, model, zs, alive_mask(batch.done), agent.scale, key_policy)
+    policy_updates, policy_opt = policy_optimizer(args).update(policy_grads, agent.policy_opt, agent.policy)
+    policy = optax.apply_updates(agent.policy, policy_updates)
+
+    online = {name: model[name] for name in agent.target}
+    target = jax.tree.map(lambda old, new: old + args.tau * (new - old), agent.target, online)
+    metrics |= policy_metrics | {"losses/model_grad_norm": optax.tree.norm(model_grads),
+                                 "losses/policy_grad_norm": optax.tree.norm(policy_grads)}
+    return AgentState(model, policy, target, model_opt, policy_opt, scale, agent.key, agent.num_updates + 1), metrics
+
+
+@partial(jax.jit, static_argnames=("args", "num_updates"), donate_argnames="agent")
+def update_many(args, agent, buffer, num_updates):
+    """`num_updates` updates, each on sequences sampled from the buffer -> agent, metrics averaged over them."""
+
+    def step(agent, _):
+        key_sample, key_update = jax.random.split(jax.random.fold_in(agent.key, agent.num_updates))
+        return update(args, agent, sample(args, buffer, key_sample), key_update)
+
+    agent, metrics = jax.lax.scan(step, agent, length=num_updates)
+    metrics["losses/param_norm"] = optax.tree.norm((agent.model, agent.policy))
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+def updates_due(args, step):
+    """Updates that belong to the first `step` simulator steps."""
+    return int(step // args.action_repeat * args.updates_per_step)
+
+
+def action_size(agent):
+    """A"""
+    return agent.policy[-1]["b"].size // 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diagnostics: what was known of the costs
+# ----------------------------------------------------------------------------------------------------------------------
+def critic_metrics(args, agent, episodes):
+    """None: nothing here predicts costs."""
+    return {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From here on, what surrounds the method: the same text in every script (benchmark/sync.py writes it).
+# Environments: a few processes, each with several of them and the action repeat inside
+# ----------------------------------------------------------------------------------------------------------------------
+def import_safety_gymnasium(cheap_sky: bool = True):
+    """safety_gymnasium 1.0.0 on Python >= 3.11, NumPy 2 and MuJoCo 3; a gradient sky speeds reset() up 80 times."""
+    plain_dataclass = dataclasses.dataclass
+
+    def dataclass(cls=None, **options):
+        arrays = {name: value for name, value in getattr(cls, "__dict__", {}).items() if isinstance(value, np.ndarray)}
+        for name, value in arrays.items():
+            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+        return plain_dataclass(cls, **options)
+
+    def add_marker(viewer, marker):
+        geom = viewer.scn.geoms[viewer.scn.ngeom]
+        size, position, rgba = (np.asarray(marker[key], np.float64).ravel() for key in ("size", "pos", "rgba"))
+        mujoco.mjv_initGeom(geom, marker["type"], size, position, np.eye(3).ravel(), rgba.astype(np.float32))
+        geom.category = mujoco.mjtCatBit.mjCAT_DECOR
+        viewer.scn.ngeom += 1
+
+    def make_current(viewer):
+        atexit.register(viewer.opengl_context.free)
+        viewer.opengl_context.make_current()
+
+    # Its multi-agent tasks, which nobody makes here, import a class of a package that needs NumPy 1.
+    robotics = types.ModuleType("gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi")
+    robotics.MultiAgentMujocoEnv = object
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        sys.modules.setdefault(robotics.__name__, robotics)
+
+    # Its dataclasses have arrays as defaults, which Python >= 3.11 refuses: every instance gets a copy instead.
+    with mock.patch.object(dataclasses, "dataclass", dataclass):
+        import safety_gymnasium
+    import mujoco
+    import yaml
+    from gymnasium.envs.mujoco import mujoco_rendering
+
+    # MuJoCo 3.2 renamed the fields by which gymnasium 0.28 draws the lidar and the cost indicator.
+    mujoco_rendering.BaseRender._add_marker_to_scene = add_marker
+    # Contexts that outlive MuJoCo's own exit handler, and viewers that never got one, would each print a traceback.
+    mujoco_rendering.OffScreenViewer.make_context_current = make_current
+    mujoco_rendering.OffScreenViewer.__del__ = lambda viewer: hasattr(viewer, "opengl_context") and viewer.free()
+    # Every reset decodes six images of 4 MB for the sky, which the agent never sees: a gradient takes their place.
+    with open(f"{safety_gymnasium.__path__[0]}/configs/assets.yaml", encoding="utf-8") as file:
+        assets = yaml.safe_load(file)
+    sky = {"type": "skybox", "builtin": "gradient", "rgb1": ".3 .5 .7", "rgb2": "0 0 0", "width": "32", "height": "192"}
+    assets["textures"]["skybox"] = {f"@{key}": value for key, value in sky.items()}
+    cheap = types.SimpleNamespace(load=lambda file, Loader: copy.deepcopy(assets), FullLoader=None)
+    safety_gymnasium.world.yaml = cheap if cheap_sky else yaml
+    return safety_gymnasium
+
+
+def episode_seed(seed, stream, env, episode):
+    """Seed of one episode, a function of the run's seed, the stream (0 training, 1 evaluation) and two counters."""
+    return int(np.random.SeedSequence((seed, stream, env, episode)).generate_state(1)[0])
+
+
+def make_env(args, drawn):
+    """One environment of the task, able to draw if `drawn`."""
+    if drawn:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 512, "height": 512} if drawn else {}
+    env = import_safety_gymnasium().make(args.env_id, **options)
+    if len(env.observation_space.shape or ()) != 1:
+        raise ValueError("its observations are not a flat vector")
+    env.reset(seed=0)  # all resets but the first depend on the seed alone (Car differs in the 17th digit)
+    if drawn:
+        env.render()  # now, not at the first evaluation, is the time to fail
+    return env
+
+
+def env_worker(pipe, args, stream, indices, drawn):
+    """Body of a process that holds the environments `indices`. It answers
+    ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
+    ("step", [action in [-1, 1], ...]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator steps
+    taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
+    ("draw", ...) with a picture of the first one, or None. Whatever goes wrong is sent as text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent, episodes, seen, so_far = os.getppid(), {}, {}, {}
+
+    def see(env, obs):
+        low, high = env.observation_space.low, env.observation_space.high
+        return np.asarray(transform_obs(obs, low, high) if args.obs_transform == "log" else obs, np.float32)
+
+    def reset(index, episode):
+        obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
+        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), np.zeros(3)
+
+    def step(index, action):
+        env, before, total = envs[index], seen[index], np.zeros(2)
+        low, high = env.action_space.low, env.action_space.high
+        scaled = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high)
+        for steps in range(1, args.action_repeat + 1):
+            obs, reward, cost, terminated, truncated, _ = env.step(scaled)
+            total += reward, cost
+            if terminated or truncated:
+                break
+        seen[index], so_far[index] = see(env, obs), so_far[index] + [*total.astype(np.float32), steps]
+        row, stats = Transition(before, action, *total, seen[index], terminated, terminated or truncated), so_far[index]
+        if row.done:
+            reset(index, episodes[index] + 1)
+        return Transition(*(np.asarray(x, np.float32) for x in row)), [steps, *stats]
+
+    try:
+        envs = {index: make_env(args, drawn and index == 0) for index in indices}
+        pipe.send((envs[indices[0]].observation_space.shape[0], envs[indices[0]].action_space.low.size))
+        while True:
+            while not pipe.poll(5.0):
+                if os.getppid() != parent:
+                    return
+            command, values = pipe.recv()
+            if command == "step":
+                rows, stats = zip(*map(step, indices, values))
+                answer = np.stack(list(seen.values())), Transition(*map(np.stack, zip(*rows))), np.array(stats)
+            elif command == "reset":
+                for index, (episode, actions) in zip(indices, values):
+                    reset(index, episode)
+                    for action in actions:
+                        step(index, action)
+                answer = np.stack(list(seen.values()))
+            else:
+                answer = None
+                with contextlib.suppress(Exception):
+                    answer = envs[0].render() if drawn else None  # KeyError in the processes that do not hold it
+            pipe.send(answer)
+    except EOFError:
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+class EnvFailure(Exception):
+    """An environment's process died, hung or raised."""
+
+
+class Envs(NamedTuple):
+    """Handles of the environment processes. The last two lists change where processes are started anew."""
+
+    args: Args
+    stream: int  # 0 training, 1 evaluation
+    drawn: bool
+    groups: list  # of the environments that each process holds
+    workers: list  # (process, pipe)
+    failures: list  # one text for each time that they were started anew
+
+
+START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
+MAX_FAILURES = 10
+DRAWING_HINT = ("; --capture-video needs EGL or OSMesa (Debian: apt-get install libegl1 libgl1-mesa-dri), and a "
+                "MUJOCO_GL that names it or is not set")
+
+
+def receive(envs, number, timeout=None):
+    """The answer of one process; EnvFailure if it failed, died or gave none in time."""
+    (process, pipe), timeout = envs.workers[number], timeout or envs.args.env_timeout
+    try:
+        answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
+    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+        process.join(timeout=5)
+        answer = f"its process ended with exit code {process.exitcode}"
+    if isinstance(answer, str):
+        which = ", ".join(map(str, envs.groups[number]))
+        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {which} of {envs.args.env_id} (seed "
+                         f"{envs.args.seed}): {answer}")
+    return answer
+
+
+def ask(envs, command, values, timeout=None):
+    """One command to every process, with `values[i]` for environment i -> their answers."""
+    for group, (_, pipe) in zip(envs.groups, envs.workers):
+        with contextlib.suppress(OSError):  # it is dead: `receive` says so
+            pipe.send((command, [values[index] for index in group]))
+    return [receive(envs, number, timeout) for number in range(len(envs.workers))]
+
+
+def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
+    """That many environments, in as many processes as there are cores -> envs, O, A. EnvFailure if one cannot be made.
+
+    Call it before JAX is used (fork copies no threads), or with start_method "spawn"."""
+    groups = np.array_split(np.arange(num_envs), min(num_envs, len(os.sched_getaffinity(0))))
+    envs = Envs(args, stream, drawn, [group.tolist() for group in groups], [], [])
+    return envs, *start_workers(envs, start_method)
+
+
+def start_workers(envs, start_method):
+    context = multiprocessing.get_context(start_method)
+    atexit.register(close_envs, envs)  # Python's own end would wait for them: they ignore SIGTERM
+    for group in envs.groups:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=env_worker, daemon=True,
+                                  args=(theirs, envs.args, envs.stream, group, envs.drawn))
+        process.start()
+        theirs.close()
+        envs.workers.append((process, ours))
+    try:
+        return [receive(envs, number, START_TIMEOUT) for number in range(len(envs.workers))][0]
+    except EnvFailure as failure:
+        close_envs(envs)
+        raise EnvFailure(f"{failure}{DRAWING_HINT * envs.drawn}")
+
+
+def close_envs(envs):
+    """End the environment processes."""
+    for process, pipe in envs.workers:
+        process.kill()
+        process.join()
+        pipe.close()
+    envs.workers.clear()
+
+
+def reset_envs(envs, episodes, taken=None):
+    """Begin episode `episodes[i]` in environment i and take the actions `taken[i]` (T_i, A) in it -> obs (E, O).
+
+    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
+    return np.concatenate(ask(envs, "reset", list(zip(episodes, taken or [[]] * len(episodes))), START_TIMEOUT))
+
+
+def step_envs(envs, action):
+    """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
+    simulator steps taken, then return, cost and length of the episode so far."""
+    obs, rows, stats = zip(*ask(envs, "step", action))
+    return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
+
+
+def restart_envs(envs, episodes, failure):
+    """All processes anew after a failure, at the start of those episodes -> obs (E, O).
+
+    EnvFailure after MAX_FAILURES since `envs.failures` was last emptied."""
+    while len(envs.failures) < MAX_FAILURES:
+        envs.failures.append(str(failure))
+        warn(f"{failure}; all are started anew")
+        close_envs(envs)
+        try:
+            start_workers(envs, "spawn")  # by now JAX has threads, which a fork would copy in whatever state they are
+            return reset_envs(envs, episodes)
+        except EnvFailure as again:
+            failure = again
+    raise EnvFailure(f"{failure} (after {MAX_FAILURES} new starts)")
+
+
+def warn(message):
+    """A line of its own on stderr, also while there is a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+def evaluate(args, agent, envs, num_episodes, stopping=(), bar=None):
+    """Play that many whole episodes without exploration noise -> one dict each (return, cost, length, balance, and
+    `played`, a Transition of arrays (T, ...)), and frames of the first one for `write_video`.
+
+    Episode i always has the same seed. Where a process fails, a batch of episodes is played again. Nothing is returned
+    once `stopping` is no longer empty."""
+    episodes, frames, num_envs = [], [], sum(map(len, envs.groups))
+    while len(episodes) < num_episodes:
+        first = len(episodes)
+        try:
+            batch, pictures = play(args, agent, envs, first, min(num_envs, num_episodes - first), stopping)
+        except EnvFailure as failure:
+            restart_envs(envs, [first] * num_envs, failure)
+            continue
+        if stopping:
+            return [], []
+        episodes, frames = episodes + batch, frames or pictures
+        if bar is not None:
+            bar.update(len(batch))
+    return episodes, frames
+
+
+def play(args, agent, envs, episode, count, stopping):
+    """What `evaluate` does with one batch: that episode of the first `count` environments, to its end in each."""
+    obs, rows, frames, ends = reset_envs(envs, [episode] * sum(map(len, envs.groups))), [], [], {}
+    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), action_size(agent))
+    padded = np.zeros((args.num_envs, obs.shape[1]), np.float32)  # so that `act` is compiled only once
+    while len(ends) < count and not stopping:
+        padded[:len(obs)] = obs
+        action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
+        obs, row, stats = step_envs(envs, np.asarray(action)[:len(obs)])
+        rows.append(row)
+        for index in set(np.flatnonzero(row.done[:count]).tolist()) - set(ends):
+            played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+            plans = float(actor.metrics["charts/balance"][index]) / len(rows)
+            ends[index] = dict(zip(("environment", "return", "cost", "length", "balance", "played"), (
+                episode + index, *stats[index, 1:3].tolist(), int(stats[index, 3]), plans, played)))
+        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", obs)[0]) is not None:
+            frames.append((picture, *stats[0, 1:3]))
+    return [ends[index] for index in sorted(ends)], frames
+
+
+def interval(values):
+    """Bounds of the mean: its 95% bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values)))
+    return np.percentile(drawn.mean(1), [2.5, 97.5])
+
+
+def summary(episodes, step, cost_rate, wall_time):
+    """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
+    returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
+    (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
+            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+class Progress(NamedTuple):
+    """Where a run is, on the host's side."""
+
+    step: int  # simulator steps, all environments together, were no episode ever shorter
+    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
+    simulated: int  # simulator steps really taken
+    cost: float  # of all training so far
+    acts: int  # agent steps that the sums in actor.metrics are over
+    episodes: np.ndarray  # (E,): number of the episode that each environment is in
+    is_first: np.ndarray  # (E,): whether nothing was done in it yet
+    obs: np.ndarray  # (E, O): what to act on next
+    rows: list  # of episodes.csv: every episode that has ended
+    wall_time: float  # seconds, until the run was last started
+
+
+class Run(NamedTuple):
+    """All that a run changes, and all that a checkpoint holds."""
+
+    agent: AgentState
+    actor: Actor
+    buffer: Buffer
+    progress: Progress
+
+
+CHECKPOINT_FORMAT = 2
+COLUMNS = ("split", "step", "environment", "return", "cost", "length")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write to, which takes the place of `path` once it is whole. OSError if there is no room."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def flatten(tree):
+    """A pytree as {path: NumPy array}; typed keys as their data."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return {jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_checkpoint(run_dir, run, wall_time):
+    """Write checkpoint_STEP.npz with everything that training needs to go on, without pickle; keep the one before."""
+    buffer = run.buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(run.buffer.size)], run.buffer.rows))
+    counters = run.progress._asdict() | {"wall_time": wall_time, "format": CHECKPOINT_FORMAT}
+    with replacing(run_dir / f"checkpoint_{run.progress.step}.npz") as file:
+        np.savez(file, counters=np.array(json.dumps(counters, default=lambda array: array.tolist())),
+                 **flatten({"agent": run.agent, "actor": run.actor, "buffer": buffer}))
+    for old in checkpoints(run_dir)[:-2]:
+        old.unlink()
+
+
+def checkpoints(run_dir):
+    """The checkpoints of a run, the newest last."""
+    found = [path for path in Path(run_dir).glob("checkpoint_*.npz") if path.stem.split("_")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.split("_")[1]))
+
+
+def load_checkpoint(run_dir, templates):
+    """The trees named in `templates` ({"agent": ..., ...}, of the right shapes) in the newest checkpoint; counters.
+
+    SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
+    def restore(leaf_path, leaf):
+        name = jax.tree_util.keystr(leaf_path)
+        saved = file[name]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(saved))
+        if name.startswith("['buffer'].rows") and saved.shape[1:] == leaf.shape[1:] and len(saved) <= len(leaf):
+            saved = np.concatenate([saved, np.zeros((len(leaf) - len(saved), *saved.shape[1:]), saved.dtype)])
+        if saved.shape != leaf.shape:
+            raise ValueError(f"{name} has shape {saved.shape}, expected {leaf.shape}")
+        return jnp.asarray(saved, leaf.dtype)
+
+    if not (found := checkpoints(run_dir)):
+        raise SystemExit(f"{run_dir} has no checkpoint: the run was killed before its first evaluation, start it anew")
+    try:
+        with np.load(found[-1], allow_pickle=False) as file:
+            counters = json.loads(str(file["counters"]))
+            if counters["format"] != CHECKPOINT_FORMAT:
+                raise ValueError(f"format {counters['format']} of another version")
+            return jax.tree_util.tree_map_with_path(restore, templates), counters
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
+        raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
+
+
+def make_run_dir(args):
+    """The run's directory, new, with args.json: all flags, package versions, the git commit."""
+    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    packages = ("jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    info = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "git_commit": git.stdout.strip() or None,
+            "python": sys.version.split()[0], "packages": {name: importlib.metadata.version(name) for name in packages}}
+    try:
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
+    except OSError as error:
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {error.strerror}: {error.filename}")
+    return run_dir
+
+
+def reason(error):
+    """An OSError in one line; some libraries' own have nothing but a text."""
+    return error.strerror or str(error).partition("\n")[0]
+
+
+def attempt(write, *arguments):
+    """Write, or warn that there is no room on the disk."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'}; training goes on")
+
+
+class Logs(NamedTuple):
+    run_dir: Path
+    lock: io.IOBase  # held while the process lives
+    writer: object  # TensorBoard
+    wandb_run: object  # Weights & Biases, or None
+
+
+def open_logs(args, run_dir):
+    """TensorBoard and, with --track, Weights & Biases, where a resumed run goes on -> Logs.
+
+    SystemExit if another process trains in that directory."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+    from tensorboard.summary import Writer
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    file = open(run_dir / "args.json", "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process trains in {run_dir}")
+    except OSError:
+        pass  # a file system without locks
+    flags, wandb_run = {name: "" if value is None else value for name, value in vars(args).items()}, None
+    if args.track:
+        wandb_run = importlib.import_module("wandb").init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", config=flags,
+            group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
+    if not args.resume:
+        hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
+        hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
+        hparams.close()
+    return Logs(run_dir, file, Writer(str(run_dir)), wandb_run)
+
+
+def write_logs(logs, values, step):
+    """Numbers by tag."""
+    for tag, value in values.items():
+        logs.writer.add_scalar(tag, float(value), step)
+    logs.writer.flush()
+    if logs.wandb_run is not None:
+        logs.wandb_run.log({tag: float(value) for tag, value in values.items()} | {"step": step})
+
+
+def write_video(path, frames, wandb_run=None):
+    """An episode as mp4, one frame (picture, return and cost so far) per agent step."""
+    import imageio
+    from PIL import Image, ImageDraw
+
+    pictures = [Image.fromarray(picture) for picture, _, _ in frames]
+    for picture, (_, total, cost) in zip(pictures, frames):
+        ImageDraw.Draw(picture).text((12, 8), f"return {total:.1f}  cost {cost:.0f}", "white", font_size=24)
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings(action="ignore"):  # of os.fork(), by which imageio starts ffmpeg
+        imageio.mimwrite(path, list(map(np.asarray, pictures)), fps=20, macro_block_size=1)
+    if wandb_run is not None:
+        wandb_run.log({"video": importlib.import_module("wandb").Video(str(path))})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "capture_video", "track", "wandb_project_name",
+                  "wandb_entity", "runs_dir", "resume", "evaluate")
+
+
+def read_flags(argv, default):
+    """Args from the command line, shown in their groups; tyro says what it cannot read."""
+    groups = dataclasses.make_dataclass("Groups", [(group.__name__.lower(), group) for group in GROUPS])
+    take = lambda group: group(**{field.name: getattr(default, field.name) for field in dataclasses.fields(group)})
+    read = tyro.cli(groups, args=argv, default=groups(*map(take, GROUPS)), description=Args.__doc__,
+                    config=(tyro.conf.OmitArgPrefixes,))
+    return Args(**{name: value for group in vars(read).values() for name, value in vars(group).items()})
+
+
+def problems(args):
+    """What is wrong with the flags, one sentence each: values outside their fields' ranges, or else broken rules."""
+    found = []
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        low, high = next((x for x in getattr(hint, "__metadata__", ()) if type(x) is tuple), (-LARGE, LARGE))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            least = "positive" if 0 < low < 1 else f"at least {low:g}"
+            least = least if math.isfinite(value) and low > -LARGE else "a finite number"
+            found.append(f"{flag} must be {least}" + (f" and at most {high:.10g}" if high < LARGE else ""))
+    return found or [message for holds, message in rules(args) if not holds]
+
+
+def parse_args(argv=None):
+    """Flags from the command line; with --resume or --evaluate on top of those the run was started with.
+
+    SystemExit with one line for each flag that cannot be."""
+    args = read_flags(argv, Args())
+    args = read_flags(argv, dataclasses.replace(args, **PRESETS[args.preset]))
+    if run_dir := args.resume or args.evaluate:
+        try:
+            info = json.loads((Path(run_dir) / "args.json").read_text())
+            if info["script"] != Path(__file__).stem:
+                raise SystemExit(f"{run_dir} was made by {info['script']}.py: use that script")
+            saved = Args(**info["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
+        args = read_flags(argv, saved)
+        free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
+        changed = [name for name in vars(saved) if name not in free and getattr(args, name) != getattr(saved, name)]
+        if changed:
+            raise SystemExit(f"--{changed[0].replace('_', '-')} cannot differ from the run in {run_dir}")
+    if found := problems(args):
+        raise SystemExit("\n".join(found))
+    return args
+
+
+def check_env_id(env_id):
+    """SystemExit with the nearest names if Safety-Gymnasium has no such task."""
+    try:
+        import_safety_gymnasium()
+        from safety_gymnasium.utils.registration import safe_registry
+    except Exception as error:
+        raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
+    if env_id not in safe_registry:
+        flat = [name for name in safe_registry if "Vision" not in name]
+        near = ", ".join(difflib.get_close_matches(env_id, flat)) or "for example SafetyPointGoal1-v0"
+        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+
+
+def check_machine(args):
+    """SystemExit if the task, the place for runs or the login for --track is not there."""
+    check_env_id(args.env_id)
+    runs_dir = Path(args.runs_dir).absolute()
+    place = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {place} is not a directory that can be written to")
+    if args.track:
+        try:
+            wandb, sent = importlib.import_module("wandb"), os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+            if sent and not wandb.login():
+                raise OSError("nobody is logged in: wandb login, or WANDB_MODE=offline")
+        except Exception as error:  # a broken installation raises anything
+            raise SystemExit(f"--track: Weights & Biases cannot be used: {error}")
+
+
+def check_device(args, sizes):
+    """SystemExit if JAX has no device, or too small a one for the replay buffer."""
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS asks for what is not there
+        why = str(error).partition("\n")[0]
+        raise SystemExit(f"JAX finds no device: {why} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})")
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, *sizes))))
+    memory = device.memory_stats() or {}  # a CPU has none
+    there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if needed > there and not args.evaluate:
+        raise SystemExit(f"the replay buffer needs {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}: lower "
+                         "--buffer-size")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+def cycle_end(args, completed):
+    """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
+    following = (completed // args.train_every + 1) * args.train_every
+    return min(max(following, args.learning_starts), args.total_timesteps)
+
+
+def require_finite(name, values, step):
+    """SystemExit if a number of an environment, in values (E, ...), is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(-1))
+    if len(bad):
+        raise SystemExit(f"{name} of environment {bad[0]} is not finite at step {step:,}; the last checkpoint stays as "
+                         "it is")
+
+
+def begin(args, envs, sizes):
+    """A run at its first moment, or with --resume at that of its newest checkpoint.
+
+    On the same machine and versions its environments are there to the last bit. Where they are not, unfinished
+    episodes are cut."""
+    check_device(args, sizes)
+    key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
+    trees = {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
+             "buffer": init_buffer(args, *sizes)}
+    if not args.resume:
+        first = np.zeros(args.num_envs, int)
+        return Run(**trees, progress=Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0))
+    trees, counters = load_checkpoint(args.resume, trees)
+    if counters["completed"] >= args.total_timesteps:
+        raise SystemExit(f"{args.resume} is at step {counters['step']:,} already: raise --total-timesteps to go on")
+    arrays = {"episodes": int, "is_first": bool, "obs": np.float32}
+    progress = Progress(**{name: np.array(counters[name], arrays[name]) if name in arrays else counters[name]
+                           for name in Progress._fields})
+    run = Run(**trees, progress=progress)
+    if np.array_equal(reset_envs(envs, progress.episodes, unfinished(run.buffer)), progress.obs):
+        return run
+    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
+    return cut(run, reset_envs(envs, progress.episodes + 1))
+
+
+def unfinished(buffer):
+    """E times (T_i, A): the actions taken in the environments' unfinished episodes, as far as the ring has them."""
+    order = np.arange(int(buffer.head) - int(buffer.size), int(buffer.head))  # a negative index is an older row
+    done, actions = np.asarray(buffer.rows.done)[order], np.asarray(buffer.rows.action)[order]
+    return [actions[np.flatnonzero([1, *ends])[-1]:, index] for index, ends in enumerate(done.T)]
+
+
+def cut(run, obs):
+    """The run with all its episodes ended by truncation, before the first step, from obs (E, O), of the next ones."""
+    episodes, first = run.progress.episodes + 1, np.ones(len(obs), bool)
+    return run._replace(buffer=cut_episodes(run.buffer, first), progress=run.progress._replace(
+        episodes=episodes, is_first=first, obs=obs))
+
+
+def collect(args, envs, run):
+    """One agent step of every environment -> run, seconds spent in `act`. Where a process fails, all episodes end by
+    truncation; EnvFailure with the run as its `run` after too many failures."""
+    began, progress, actor, acts = time.time(), run.progress, run.actor, run.progress.acts
+    if progress.step < args.learning_starts:
+        random = np.random.default_rng((args.seed, 3, progress.step))
+        action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
+    else:
+        action, actor = act(args, run.agent, actor, progress.obs, progress.is_first, True)
+        action, acts = np.asarray(action), acts + 1
+    run, seconds = run._replace(actor=actor, progress=progress._replace(acts=acts)), time.time() - began
+    step = progress.step + args.num_envs * args.action_repeat
+    require_finite("action", action, step)
+    try:
+        obs, row, stats = step_envs(envs, action)
+    except EnvFailure as failure:
+        try:
+            return cut(run, restart_envs(envs, progress.episodes + 1, failure)), seconds
+        except EnvFailure as last:
+            last.run = run  # the one before has given its actor away
+            raise
+    for name, values in {"observation": np.concatenate([obs, row.next_obs], -1), "reward": row.reward,
+                         "cost": row.cost}.items():
+        require_finite(name, values, step)
+    ended = [["train", step, index, *stats[index, 1:3].tolist(), int(stats[index, 3])]
+             for index in np.flatnonzero(row.done).tolist()]
+    return run._replace(buffer=add(run.buffer, row), progress=progress._replace(
+        step=step, simulated=progress.simulated + int(stats[:, 0].sum()), cost=progress.cost + float(row.cost.sum()),
+        acts=acts, episodes=progress.episodes + (row.done > 0), is_first=row.done > 0, obs=obs,
+        rows=progress.rows + ended if ended else progress.rows)), seconds
+
+
+def show(bar, doing):
+    """What takes time now, in the progress bar."""
+    if bar.desc != doing + ": " * bool(doing):
+        bar.set_description(doing)
+
+
+def cycle(args, envs, run, bar, stopping):
+    """Collect until the next block of updates, then update -> run, numbers by tag, an EnvFailure or None.
+
+    It ends early where `stopping` fills."""
+    began, acting, values, end = time.time(), 0.0, {}, cycle_end(args, run.progress.completed)
+    while run.progress.step < end and not stopping:
+        acted = run.progress.step - args.learning_starts
+        show(bar, "compiling" if 0 <= acted < args.num_envs * args.action_repeat else "")
+        try:
+            run, seconds = collect(args, envs, run)
+        except EnvFailure as failure:
+            return failure.run, values, failure
+        acting, _ = acting + seconds, bar.update(run.progress.step - bar.n)
+    collected, step = time.time(), run.progress.step
+    due = updates_due(args, step) if step >= args.learning_starts else 0
+    at_once = math.gcd(updates_due(args, args.train_every), 100)  # the bar moves
+    while int(run.agent.num_updates) + at_once <= due and not stopping:
+        show(bar, "updating" if int(run.agent.num_updates) else "compiling")
+        agent, metrics = update_many(args, run.agent, run.buffer, at_once)
+        run, values = run._replace(agent=agent), jax.device_get(metrics)
+        if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
+            raise SystemExit(f"{', '.join(bad)} not finite at step {step:,}; the last checkpoint stays as it is")
+    total = time.time() - began
+    return run, values | {"time/act": acting / total, "time/env": (collected - began - acting) / total,
+                          "time/update": 1 - (collected - began) / total}, None
+
+
+def report(logs, bar, run, values):
+    """Write and show a cycle's numbers -> run, its sums begun anew."""
+    progress, metrics = run.progress, jax.device_get(run.actor.metrics)
+    values |= {tag: np.mean(x) / progress.acts for tag, x in metrics.items() if progress.acts}
+    if rows := [row[3:] for row in progress.rows if row[0] == "train" and row[1] > progress.completed]:
+        tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
+        values |= dict(zip(tags, np.mean(rows, axis=0)))
+    values |= {"charts/cost_rate": progress.cost / progress.simulated}
+    attempt(write_logs, logs, values, progress.step)
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, progress.rows)
+    shown = {"balance": ("charts/balance", ".0%"), "return": ("charts/episodic_return", ".1f"),
+             "cost": ("charts/episodic_cost", ".0f"), "cost_rate": ("charts/cost_rate", ".4f")}
+    bar.set_postfix({name: format(values[tag], form) for name, (tag, form) in shown.items() if tag in values})
+    return run._replace(actor=run.actor._replace(metrics=jax.tree.map(jnp.zeros_like, run.actor.metrics)),
+                        progress=progress._replace(acts=0))
+
+
+def report_evaluation(args, logs, run, episodes, frames):
+    """Write an evaluation -> run, with its episodes among the rows and its cycle completed."""
+    step = run.progress.step
+    tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
+    values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
+    attempt(write_logs, logs, values | critic_metrics(args, run.agent, episodes), step)
+    if frames:
+        attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
+    rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, rows)
+    return run._replace(progress=run.progress._replace(rows=rows, completed=step))
+
+
+def train(args, stopping=()):
+    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes.
+
+    As soon as the sequence `stopping` is not empty (a signal fills it), the step is finished, a checkpoint written and
+    the run left. SystemExit with one line for what cannot go on; EnvFailure if an environment cannot be made."""
+    check_machine(args)
+    with contextlib.ExitStack() as stack:
+        envs, *sizes = start_envs(args, 0, args.num_envs)
+        stack.callback(close_envs, envs)
+        eval_envs, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+        stack.callback(close_envs, eval_envs)
+        return learn(args, envs, eval_envs, sizes, stopping)  # from here on JAX takes threads
+
+
+def learn(args, envs, eval_envs, sizes, stopping):
+    """What `train` does once its environments have started."""
+    logs = open_logs(args, Path(args.resume)) if args.resume else None
+    run = begin(args, envs, sizes)
+    logs = logs or open_logs(args, make_run_dir(args))
+    print(f"{logs.run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}", flush=True)
+    if jax.default_backend() == "cpu" and (line := advice(args)):
+        print(line, flush=True)
+    began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
+    bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
+               mininterval=1.0 if sys.stderr.isatty() else 60.0)
+    failure = None
+    with bar:
+        while run.progress.completed < args.total_timesteps:
+            run, values, failure = cycle(args, envs, run, bar, stopping)
+            if stopping or failure:
+                break
+            step = run.progress.step
+            values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
+            run = report(logs, bar, run, values)
+            if step == args.total_timesteps or args.eval_every and step % args.eval_every == 0:
+                show(bar, "evaluating")
+                try:
+                    episodes, frames = evaluate(args, run.agent, eval_envs, args.eval_episodes, stopping)
+                except EnvFailure as error:
+                    failure = error
+                if stopping or failure:
+                    break
+                run = report_evaluation(args, logs, run, episodes, frames)
+                attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+                bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
+                sys.stdout.flush()  # at once, into a file too
+            else:
+                run = run._replace(progress=run.progress._replace(completed=step))
+            envs.failures.clear()
+            eval_envs.failures.clear()
+    if stopping or failure:
+        attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+        warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}")
+    attempt(logs.writer.close)
+    if failure:
+        raise failure
+    return episodes
+
+
+def evaluate_run(args):
+    """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
+    check_machine(args)
+    run_dir, began = Path(args.evaluate), time.time()
+    envs, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_envs, envs)
+        check_device(args, sizes)
+        template = {"agent": init_agent(args, jax.random.key(args.seed), *sizes)}
+        trees, counters = load_checkpoint(run_dir, template)
+        with tqdm(total=args.eval_episodes, unit="episode") as bar:
+            episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
+    print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
+    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
+        print(f"{tag} {value:.3g}")
+    columns = (*COLUMNS, "balance")
+    try:
+        write_csv(run_dir / "evaluation.csv", columns, [
+            ["eval", counters["step"], *(episode[name] for name in columns[2:])] for episode in episodes])
+        if frames:
+            write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
+    except OSError as error:
+        raise SystemExit(f"{run_dir}: {reason(error)}: the lines above were not written to a file")
+    return episodes
+
+
+def heed_signals(stopping):
+    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process.
+
+    A thread reads what the C handlers write: Python's own would wait until JAX gives control back."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        while True:
+            for number in os.read(reading, 16):
+                if stopping and number == signal.SIGINT:
+                    os._exit(128 + number)
+                stopping.append(number)
+                print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
+
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv=None):
+    """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
+    with contextlib.suppress(AttributeError):  # a notebook's is no file
+        sys.stdout.reconfigure(errors="replace")  # where there is no "±"
+    args, stopping = parse_args(argv), []
+    if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
+    try:
+        if args.evaluate:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+            evaluate_run(args)
+        else:
+            heed_signals(stopping)
+            train(args, stopping)
+    except EnvFailure as failure:
+        raise SystemExit(str(failure))
+    if stopping:
+        sys.stdout.flush()
+        os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
+
+
+if __name__ == "__main__":
+    main()

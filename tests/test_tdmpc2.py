@@ -1,0 +1,198 @@
+"""baselines/tdmpc2.py: shared parts give the full agent's numbers, changed ones those of NumPy and of sorting."""
+import dataclasses
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import (certain, leaves_equal, np_heads, np_latent, np_mlp, np_policy, np_read_out, random_agent,
+                      small_args)
+from hypothesis import given
+from hypothesis import strategies as st
+from test_losses import ARGS as LOSS_ARGS
+from test_losses import B, H, dropout_masks, make_batch
+from test_train import POINT, QUICK, ROOT, SUMMARY, checkpoint, rows_of, run, scalars, train
+
+import spowl_continuous as full
+from baselines import tdmpc2
+
+OBS, ACTIONS, N, K = 5, 2, 13, 4
+FLAGS = {field.name for field in dataclasses.fields(tdmpc2.Args)}
+
+
+def args_of(full_args, **changes):
+    """The same flags as far as TD-MPC2 has them."""
+    return tdmpc2.Args(**{name: value for name, value in vars(full_args).items() if name in FLAGS} | changes)
+
+
+def without_costs(agent):
+    """The full agent's networks that TD-MPC2 has, as its agent."""
+    kept = {name: value for name, value in agent._asdict().items() if name in tdmpc2.AgentState._fields}
+    pick = lambda layers: {name: value for name, value in layers.items() if name not in ("cost", "qc")}
+    return tdmpc2.AgentState(**kept)._replace(model=pick(agent.model), target=pick(agent.target))
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return random_agent(small_args(num_bins=11, bin_limit=5.0), OBS, ACTIONS, seed=5)
+
+
+@pytest.fixture(scope="module")
+def z():
+    return jnp.asarray(np.random.default_rng(1).dirichlet(np.ones(8), 2).reshape(16), jnp.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Planner
+# ----------------------------------------------------------------------------------------------------------------------
+@given(st.lists(st.integers(-3, 3).map(float), min_size=N, max_size=N))
+def test_elites_are_the_best(returns):
+    """Among equals at the cut any choice is right."""
+    args = args_of(small_args(), num_samples=N, num_pi_trajs=3, num_elites=K)
+    elites, metrics = jax.jit(tdmpc2.select_elites, static_argnums=0)(args, jnp.array(returns, jnp.float32))
+    chosen = [value for value, elite in zip(returns, elites) if elite]
+    assert sorted(chosen) == sorted(returns)[-K:] and elites.dtype == bool
+    assert metrics["planner/elite_return"] == pytest.approx(np.mean(chosen))
+
+
+def test_scores_against_numpy(agent, z):
+    args = args_of(small_args(num_bins=11, bin_limit=5.0, gamma=0.9))
+    policy, model = certain(agent.policy), agent.model
+    actions = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (3, 6, ACTIONS)), jnp.float32)
+    returns = jax.jit(tdmpc2.evaluate_plans, static_argnums=0)(args, model, policy, z, actions, jax.random.key(0))
+    expected = []
+    for n in range(6):
+        latent, total = np.asarray(z, np.float64), 0.0
+        for i, action in enumerate(np.asarray(actions[:, n], np.float64)):
+            total += 0.9**i * np_read_out(np_mlp(model["reward"], latent, action), 5.0)
+            latent = np_latent(args, model["dynamics"], latent, action)
+        total += 0.9**3 * np_heads(args, model["q"], latent, np.tanh(np_policy(args, policy, latent)[0])).mean()
+        expected.append(total)
+    np.testing.assert_allclose(returns, expected, rtol=5e-3, atol=5e-3)
+
+
+def test_the_plan_finds_the_best_first_action(monkeypatch):
+    """Where the return is -(a - 0.3)^2 of the first action, whatever the policy does; with a policy that is better than
+    any sample its own sequences are the elites."""
+    args = args_of(small_args(), num_samples=64, num_pi_trajs=4, num_elites=8, iterations=6)
+    score = lambda args, model, policy, z, actions, key: -jnp.sum((actions[0] - 0.3) ** 2, -1)
+    monkeypatch.setattr(tdmpc2, "evaluate_plans", score)
+    monkeypatch.setattr(tdmpc2, "policy_rollout", lambda *_: jnp.full((3, 4, ACTIONS), -0.9))
+    final, _ = tdmpc2.plan(args, None, None, jnp.zeros(16), jnp.zeros((3, ACTIONS)), jax.random.key(0))
+    assert np.abs(final.mean[0] - 0.3).max() < 0.1
+    monkeypatch.setattr(tdmpc2, "policy_rollout", lambda *_: jnp.full((3, 8, ACTIONS), 0.3))
+    args = dataclasses.replace(args, num_pi_trajs=8)
+    final, metrics = tdmpc2.plan(args, None, None, jnp.zeros(16), jnp.zeros((3, ACTIONS)), jax.random.key(1))
+    np.testing.assert_allclose(final.mean, 0.3, atol=1e-6)
+    assert metrics["planner/elite_return"] == pytest.approx(0.0, abs=1e-6) and np.all(final.std == np.float32(0.05))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+def test_entropy_is_that_of_the_gaussian_before_tanh(agent, z):
+    """log N(u; mean, std) summed over action dimensions, u = atanh(a); actions are the full agent's."""
+    args, key = args_of(small_args()), jax.random.key(3)
+    action, mean, log_density = tdmpc2.policy_sample(args, agent.policy, z, key)
+    same, same_mean, _ = full.policy_sample(args, agent.policy, z, jax.random.clone(key))
+    assert leaves_equal((action, mean), (same, same_mean))
+    mu, log_std = np_policy(args, agent.policy, np.asarray(z, np.float64))
+    before = np.arctanh(np.asarray(action, np.float64))
+    expected = -0.5 * ((before - mu) / np.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    assert float(log_density) == pytest.approx(expected.sum(), abs=1e-3)
+
+
+def test_model_loss_and_targets_are_the_full_agents_without_its_cost_terms(agent):
+    """To the last digits, gradients of the networks that both have included."""
+    batch, next_z, q_target, qc_target = make_batch()
+    keep_q, keep_qc = dropout_masks()
+    plain = dataclasses.replace(LOSS_ARGS, cost_coef=0.0, cost_value_coef=0.0)
+    whole = random_agent(LOSS_ARGS, OBS, ACTIONS, seed=2)
+    ours = without_costs(whole)
+    loss = jax.jit(jax.value_and_grad(full.world_model_loss, has_aux=True), static_argnums=1)
+    (total, (metrics, zs)), grads = loss(whole.model, plain, batch, next_z, q_target, qc_target, keep_q, keep_qc)
+    loss = jax.jit(jax.value_and_grad(tdmpc2.world_model_loss, has_aux=True), static_argnums=1)
+    (own, (own_metrics, own_zs)), own_grads = loss(ours.model, args_of(plain), batch, next_z, q_target, keep_q)
+    assert own == pytest.approx(float(total), rel=1e-5) and float(own) > 0.1
+    assert own_metrics.keys() == {f"losses/{name}" for name in ("consistency", "reward", "value", "total")}
+    for name, value in own_metrics.items():
+        assert value == pytest.approx(float(metrics[name]), rel=1e-5)
+    np.testing.assert_allclose(own_zs, zs, atol=1e-6)
+    for name in own_grads:
+        for one, other in zip(jax.tree.leaves(own_grads[name]), jax.tree.leaves(grads[name])):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    targets = jax.jit(full.td_targets, static_argnums=0)(
+        plain, whole.policy, whole.target, batch, next_z, jax.random.key(4))[0]
+    own_targets = jax.jit(tdmpc2.td_targets, static_argnums=0)(
+        args_of(plain), ours.policy, ours.target, batch, next_z, jax.random.key(4))
+    np.testing.assert_allclose(own_targets, targets, atol=1e-5)
+
+
+def test_policy_loss_by_hand(agent, monkeypatch):
+    """mean_t rho^t mean_B(beta A log pi - Q / S), S moved by 0.01 towards max(1, the 5-95% range of Q at t = 0)."""
+    q = np.random.default_rng(5).normal(size=(H + 1, B)) * 20
+    log_prob = np.random.default_rng(6).normal(size=(H + 1, B))
+    mask = np.ones((H + 1, B))
+    mask[2:, 1] = 0.0
+    monkeypatch.setattr(tdmpc2, "heads", lambda *_: jnp.stack([jnp.asarray(q) + 1, jnp.asarray(q) - 1]))
+    monkeypatch.setattr(tdmpc2, "random_heads", lambda layers, number, key: None)
+    monkeypatch.setattr(tdmpc2, "policy_sample",
+                        lambda *_: (jnp.zeros((H + 1, B, ACTIONS)), None, jnp.asarray(log_prob)))
+    args = args_of(LOSS_ARGS, entropy_coef=0.01, rho=0.5, horizon=H)
+    loss, (scale, metrics) = tdmpc2.policy_loss(None, args, {"q": None}, None, mask, 3.0, jax.random.key(0))
+    low, high = np.percentile(q[0], [5, 95])
+    expected_scale = 3.0 + 0.01 * (high - low - 3.0)
+    each = 0.01 * ACTIONS * log_prob - q / expected_scale
+    expected = np.mean([0.5**t * each[t][mask[t] > 0].mean() for t in range(H + 1)])
+    assert scale == pytest.approx(expected_scale, rel=1e-5) and loss == pytest.approx(expected, rel=1e-4)
+    assert metrics["losses/entropy"] == pytest.approx(-log_prob[0].mean(), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a whole
+# ----------------------------------------------------------------------------------------------------------------------
+def test_costs_change_nothing():
+    """Updates on the same transitions with and without costs give the same agent to the last bit."""
+    args, ends = args_of(LOSS_ARGS, batch_size=B), []
+    for cost in (0.0, 5.0):
+        agent = tdmpc2.init_agent(args, jax.random.key(0), OBS, ACTIONS)
+        batch = make_batch()[0]
+        ends.append(jax.jit(tdmpc2.update, static_argnums=0)(
+            args, agent, batch._replace(cost=jnp.full_like(batch.cost, cost)), jax.random.key(1))[0])
+    assert leaves_equal(*ends) and not leaves_equal(ends[0].policy, tdmpc2.init_agent(
+        args, jax.random.key(0), OBS, ACTIONS).policy)
+
+
+def test_nothing_of_costs_is_left():
+    """No network, no flag, no state; the laptop preset is the full agent's but for what is not there."""
+    args = args_of(small_args())
+    shapes = jax.eval_shape(partial(tdmpc2.init_agent, args, obs_dim=OBS, action_dim=ACTIONS), jax.random.key(0))
+    assert shapes.model.keys() == {"encoder", "dynamics", "reward", "q"} and shapes.target.keys() == {"q"}
+    about_costs = re.compile("cost|lagrang|lambda|mu_|multiplier|penalty")
+    assert not [name for name in (*FLAGS, *shapes._fields) if about_costs.search(name)]
+    ours, theirs = tdmpc2.PRESETS["laptop"], full.PRESETS["laptop"]
+    assert ours == {name: value for name, value in theirs.items() if name in FLAGS}
+    defaults = {name: value for name, value in vars(full.Args()).items() if name in FLAGS}
+    assert defaults | {"exp_name": "tdmpc2"} == vars(tdmpc2.Args())
+    assert tdmpc2.critic_metrics(args, None, []) == {}
+
+
+def test_a_small_run(place):
+    """The same files and lines as the full agent's; --evaluate plays the same episodes again, --resume goes on."""
+    pairs = [(flag, value) for flag, value in zip(POINT[::2], POINT[1::2]) if flag[2:].replace("-", "_") in FLAGS]
+    made = train(place, *(word for pair in pairs for word in pair), script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    assert re.fullmatch(r"SafetyPointGoal1-v0__tdmpc2__1__\d+", made.dir.name)
+    lines = [line for line in made.stdout.splitlines() if SUMMARY.fullmatch(line)]
+    assert [line.split(":")[0] for line in lines] == ["step 1,000", "step 2,000", "step 2,500"]
+    logged = scalars(made.dir)
+    assert {"losses/consistency", "planner/elite_return", "eval/episodic_cost", "charts/cost_rate"} <= logged.keys()
+    assert not [tag for tag in logged if re.search("lagrangian|critic|losses/cost|threshold|improv", tag)]
+    assert {value for tag in ("charts/balance", "eval/balance") for _, value in logged[tag]} == {1.0}
+    run(place, "--evaluate", made.dir, script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    again, last = rows_of(made.dir / "evaluation.csv"), rows_of(made.dir / "episodes.csv")[-2:]
+    assert [{column: row[column] for column in last[0]} for row in again] == last
+    run(place, "--resume", made.dir, "--total-timesteps", 3000, script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    assert checkpoint(made.dir)[0]["step"] == 3000
