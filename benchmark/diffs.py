@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = ROOT / "spowl_continuous.py"
 PAIRS = {ROOT / name: FULL for name in ("spowl_plan_only.py", "spowl_policy_only.py", "spowl_fixed_threshold.py",
                                         "ablations/spowl_decoder.py", "baselines/tdmpc2.py")}
+PAIRS[ROOT / "baselines" / "cpo.py"] = ROOT / "baselines" / "ppo_lagrangian.py"
 INTRODUCTION = """# The variants as diffs
 
 What `diff SCRIPT VARIANT` shows, SCRIPT the one that it is a variant of, after the module's docstring. `@@` names the

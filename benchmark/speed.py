@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import spowl_continuous as spowl
+from baselines import ppo_lagrangian
 
 SIZES = {"default": {}, "recipe": dict(enc_dim=128, mlp_dim=128, latent_dim=128, num_samples=128, num_elites=16,
                                        num_pi_trajs=12, iterations=4, buffer_size=100_000)}
@@ -40,8 +42,9 @@ COLUMNS = ("size", "part", "seconds", "flops", "share_of_ceiling", "compile_seco
 class Options:
     sizes: tuple[Literal["default", "recipe"], ...] = ("recipe", "default")
     """sizes of the networks and the planner; how times grow, and the simulator, are measured with the first"""
-    parts: tuple[Literal["ceiling", "update", "plan", "env_step", "cycle", "growth"], ...] = PARTS
-    """what to measure; the ceiling always is, by itself if it is all that is named"""
+    parts: tuple[Literal["ceiling", "update", "plan", "env_step", "cycle", "growth", "on_policy"], ...] = PARTS
+    """what to measure; the ceiling always is, by itself if it is all that is named; on_policy, not measured unless
+    named, is a rollout of PPO-Lagrangian at its own sizes"""
     cycle_share: float = 0.1
     """how much of a cycle is measured; its row is for a whole one"""
     env_id: str = "SafetyPointGoal1-v0"
@@ -255,6 +258,25 @@ def measure_cycle(args, share):
     return [seconds * args.train_every / (steps * args.num_envs * args.action_repeat) for seconds in parts]
 
 
+def measure_on_policy(env_id, count=3):
+    """Rollouts of baselines/ppo_lagrangian.py and what is learned from them, the first one (it compiles) left out ->
+    seconds of an agent step of all environments, seconds if no process waited, median seconds of a whole rollout."""
+    args = ppo_lagrangian.Args(env_id=env_id)
+    step, alone = measure_env_step(args)
+    envs, *sizes = ppo_lagrangian.start_envs(args, 0, args.num_envs, start_method="spawn")
+    seconds, bar = [], tqdm(disable=True)
+    try:
+        run = ppo_lagrangian.begin(args, envs, sizes)
+        for _ in range(count + 1):
+            began = time.perf_counter()
+            run, *_ = ppo_lagrangian.cycle(args, envs, run, bar, [])
+            run = run._replace(progress=run.progress._replace(completed=run.progress.step))
+            seconds.append(time.perf_counter() - began)
+    finally:
+        ppo_lagrangian.close_envs(envs)
+    return step, alone, statistics.median(seconds[1:])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Table and picture
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,6 +323,11 @@ def measure(options):
             yield row(size, "cycle", seconds, flops, share(flops, seconds))
             for name, value in (("act", acting), ("environments", stepping), ("updates", updating)):
                 yield row(size, f"cycle: {name}", value)
+        if "on_policy" in options.parts and size == options.sizes[0]:
+            step, alone, rollout = measure_on_policy(options.env_id)
+            steps = ppo_lagrangian.Args().train_every // ppo_lagrangian.Args().num_envs
+            yield row("ppo", "env_step", step, share=alone / step)
+            yield row("ppo", "cycle", rollout, share=steps * alone / rollout)
         if "growth" in options.parts and size == options.sizes[0]:
             for part, run, count in (("update", measure_update, update_flops), ("plan", measure_plan, plan_flops)):
                 for name, value, larger in grown(args, part):

@@ -1,0 +1,1545 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "safety-gymnasium==1.0.0",
+#     "gymnasium==0.28.1",
+#     "mujoco",
+#     "numpy==2.3.5",
+#     "pyyaml==6.0.3",
+#     "imageio==2.38.1",
+#     "imageio-ffmpeg==0.6.0",
+#     "pillow==12.3.0",
+#     "jax==0.10.2",
+#     "jaxlib==0.10.2",
+#     "scipy==1.17.1",
+#     "optax==0.2.8",
+#     "tyro==1.0.16",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+# ]
+# [tool.uv]
+# override-dependencies = [  # safety-gymnasium asks for a MuJoCo and a pygame that have no wheels for these Pythons
+#     "mujoco==3.1.6 ; python_version < '3.13'",
+#     "mujoco==3.2.7 ; python_version >= '3.13'",
+#     "gymnasium-robotics ; sys_platform == 'never'",
+#     "pygame ; sys_platform == 'never'",
+# ]
+# ///
+"""CVPO: Constrained Variational Policy Optimization (arXiv 2201.11927) on Safety-Gymnasium.
+
+One file, pure functions. Two critics, Q for reward and Qc for cost, are learned from replayed n-step returns. The
+policy, a Gaussian, is improved by expectation maximisation: the E-step reweights actions of an old policy towards high
+Q, under bounds on Qc and on the change, and the M-step fits the policy to them within a trust region.
+
+    for every 10,000 simulator steps:
+        for every agent step, all environments at once:
+            step the simulator with a ~ pi(s), add the transition to the replay ring
+        old = pi;  alpha = 0
+        for every fifth agent step just collected:
+            sample windows of n steps, fit Q and Qc to their n-step returns, a' ~ pi
+            draw K actions a ~ old(s) for every state s of the batch
+            E: one step of (eta, lambda) down g = eta eps + lambda b + eta mean_s log mean_a exp((Q - lambda Qc) / eta)
+               w = softmax over a of (Q - lambda Qc) / eta
+            M: alpha up where a KL from old to pi exceeds its bound, then one step of pi down
+               -mean w [log N(a; mean_pi, std_old) + log N(a; mean_old, std_pi)] + alpha (KL - bound)
+            move the target critics by tau
+
+Shapes: E environments, B batch, n steps of a window, K actions per state, O observation, A action. "Steps" are
+simulator steps unless called agent steps (one = `action_repeat` of them).
+
+Shares with spowl_continuous.py what surrounds the method, and
+    same: whole, Whole, LARGE, Count, Natural, Positive, NotNegative, Share - numbers on the command line
+    same: transform_obs, Transition, Buffer, init_buffer, add, cut_episodes - observations and the replay ring
+    same: alive_mask, updates_due, action_size - windows that cross an episode's end; counts
+    same: auc, cost_to_go, read_and_followed - what a cost critic knew
+"""
+
+import atexit
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import fcntl
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_type_hints
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------------------
+def whole(words):
+    """An integer, also written as 1e5."""
+    if float(words[0]) % 1:
+        raise ValueError("must be a whole number")
+    return int(float(words[0]))
+
+
+Whole = tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", whole, lambda value: isinstance(value, int), lambda value: [str(value)])
+LARGE = 1e300
+Count = Annotated[int, Whole, (1, LARGE)]  # the range that a value must lie in
+Natural = Annotated[int, Whole, (0, LARGE)]
+Positive = Annotated[float, (1 / LARGE, LARGE)]
+NotNegative = Annotated[float, (0.0, LARGE)]
+Share = Annotated[float, (0.0, 1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is run, and what is written"""
+
+    env_id: str = "SafetyPointGoal1-v0"
+    """task of Safety-Gymnasium"""
+    preset: Literal["paper"] = "paper"
+    """values of all flags that are not given: there is one set"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's directory"""
+    seed: Annotated[int, Whole, (0, 2**32 - 1)] = 1
+    """seed of every random stream: networks, exploration, batches, environments"""
+    total_timesteps: Count = 5_000_000
+    """simulator steps of the whole run, all environments together"""
+    runs_dir: str = "runs"
+    """directory that receives the run's own directory"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "spowl"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team on Weights & Biases"""
+    capture_video: bool = False
+    """write an mp4 of one episode at every evaluation, seen by the camera that shows the whole scene"""
+    resume: str | None = None
+    """run directory to go on with: its flags are taken over, its newest checkpoint loaded"""
+    evaluate: str | None = None
+    """run directory whose newest checkpoint is evaluated, without training"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Steps, environments and replay"""
+
+    num_envs: Count = 10
+    """environments stepped in parallel, in as many processes as there are cores"""
+    action_repeat: Count = 1
+    """simulator steps per agent step; reward and cost are summed over them"""
+    learning_starts: Natural = 0
+    """simulator steps with uniformly random actions at the start; without any the fresh policy acts"""
+    train_every: Count = 10_000
+    """simulator steps between two blocks of updates; a block keeps one old policy"""
+    updates_per_step: Positive = 0.2
+    """updates per agent step collected"""
+    obs_transform: Literal["raw", "log"] = "raw"
+    """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
+    env_timeout: Positive = 60.0
+    """seconds after which an environment's process that gives no answer counts as dead"""
+    eval_every: Natural = 500_000
+    """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
+    eval_episodes: Count = 10
+    """whole episodes per evaluation, on environments and seeds of their own"""
+    buffer_size: Count = 200_000
+    """transitions kept for replay, all environments together; the oldest are overwritten"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Critics:
+    """Networks and critics"""
+
+    hidden: Count = 128
+    """width of the two hidden layers of every network"""
+    batch_size: Count = 256
+    """windows per update"""
+    critic_lr: Positive = 1e-3
+    """step size of Adam, for Q and Qc"""
+    gamma: Share = 0.995
+    """discount of reward per agent step"""
+    cost_gamma: Share = 0.995
+    """discount of cost per agent step"""
+    n_step: Count = 3
+    """agent steps n whose rewards and costs a target sums before it bootstraps"""
+    tau: Annotated[float, (1 / LARGE, 1.0)] = 0.05
+    """share by which the target critics move after every update"""
+
+
+@dataclasses.dataclass(frozen=True)
+class EStep:
+    """E-step: weights of the old policy's actions"""
+
+    cost_limit: NotNegative = 25.0
+    """cost d that an episode may have, undiscounted"""
+    episode_length: Count = 1000
+    """simulator steps of an episode, by which the limit becomes a bound on Qc (see cost_threshold)"""
+    num_samples: Count = 16
+    """actions K drawn per state from the old policy"""
+    e_step_kl: Positive = 0.02
+    """eps: bound on the weights' KL divergence from equal ones, mean over states"""
+    dual_lr: Positive = 0.02
+    """step size of Adam, for eta and lambda"""
+    eta_init: Positive = 1.0
+    """first temperature eta of the weights"""
+    lambda_init: NotNegative = 0.0
+    """first Lagrange multiplier lambda"""
+    dual_min: Positive = 1e-6
+    """smallest eta and lambda after the first step"""
+    dual_max: Positive = 20.0
+    """largest eta and lambda"""
+
+
+@dataclasses.dataclass(frozen=True)
+class MStep:
+    """M-step: the policy's fit to the weighted actions"""
+
+    policy_lr: Positive = 5e-4
+    """step size of Adam, for the policy"""
+    kl_mean: Positive = 0.005
+    """bound on the KL divergence by which the policy's mean may leave the old one"""
+    kl_std: Positive = 0.0005
+    """bound on the KL divergence by which its standard deviation may"""
+    alpha_lr: Positive = 0.1
+    """step size of Adam, for the two multipliers alpha of these bounds"""
+    alpha_max: NotNegative = 0.5
+    """cap under which alpha is used"""
+    log_std_min: float = -20.0
+    """lower bound of the policy's log standard deviation"""
+    log_std_max: float = 2.0
+    """upper bound of the policy's log standard deviation"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(MStep, EStep, Critics, Protocol, Experiment):
+    """CVPO on Safety-Gymnasium: critics for reward and cost, a policy improved by expectation maximisation."""
+
+
+GROUPS = (Experiment, Protocol, Critics, EStep, MStep)
+
+
+PRESETS = {"paper": {}}
+
+
+def advice(args):
+    """A line to begin a run on a CPU with, or ""."""
+    return ""
+
+
+def rules(args):
+    """What must hold between flags: pairs of whether it does and what to say where it does not."""
+    block, updates = args.num_envs * args.action_repeat, args.train_every / args.action_repeat * args.updates_per_step
+    near = max(round(args.train_every / block), 1) * block
+    return [
+        ("/" not in args.exp_name, "--exp-name must not hold a slash: it becomes part of a directory's name"),
+        (args.train_every % block == 0,
+         f"--train-every must be a multiple of --num-envs x --action-repeat = {block}, for example {near}"),
+        (args.learning_starts <= args.train_every or args.learning_starts % args.train_every == 0,
+         "--learning-starts must be at most --train-every, or a multiple of it"),
+        (updates % 1 == 0, f"--updates-per-step must make a whole number of updates of {args.train_every} / "
+         f"{args.action_repeat} agent steps"),
+        (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
+        (args.buffer_size >= args.num_envs, "--buffer-size must hold at least one transition per environment"),
+        (args.dual_min <= args.dual_max, "--dual-min must be at most --dual-max"),
+        (args.eta_init <= args.dual_max, "--eta-init must be at most --dual-max"),
+        (args.lambda_init <= args.dual_max, "--lambda-init must be at most --dual-max"),
+        (args.log_std_min < args.log_std_max, "--log-std-min must be smaller than --log-std-max"),
+        (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Observations and networks: an MLP is a tuple of layers, each a dict of arrays
+# ----------------------------------------------------------------------------------------------------------------------
+def transform_obs(obs, low, high):
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
+
+    Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
+    gets half of the scale. Unbounded entries become symlog(x); others stay."""
+    near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
+    unbounded = np.sign(obs) * np.log1p(np.abs(obs))
+    return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
+
+
+def init_mlp(key, sizes, action_dim=0):
+    """Layers for `sizes` = (input, hidden..., output): orthogonal weights, biases 0.
+
+    Where an action enters, the first layer keeps its rows apart (`w_action`): [s, a] W = s W_s + a W_a."""
+    layers = []
+    for i, (key, n_in, n_out) in enumerate(zip(jax.random.split(key, len(sizes) - 1), sizes[:-1], sizes[1:])):
+        rows = n_in + action_dim * (i == 0)
+        w = jax.nn.initializers.orthogonal()(key, (rows, n_out))
+        layer = {"w": w[:n_in], "b": jnp.zeros(n_out)}
+        layers.append(layer | {"w_action": w[n_in:]} if rows > n_in else layer)
+    return tuple(layers)
+
+
+def mlp(layers, x, action=None):
+    """(..., in), (..., A) -> (..., out): Linear, ReLU, ..., Linear. Leading axes that only the action has are joined
+    after the first product: states are multiplied once, whatever the number of their actions."""
+    first, *others = layers
+    x = x @ first["w"] + first["b"]
+    if action is not None:
+        x = x + action @ first["w_action"]
+    for layer in others:
+        x = jax.nn.relu(x) @ layer["w"] + layer["b"]
+    return x
+
+
+def init_critics(args, key, obs_dim, action_dim):
+    """Q and Qc, one network each."""
+    key_q, key_qc = jax.random.split(key)
+    sizes = obs_dim, args.hidden, args.hidden, 1
+    return {"q": init_mlp(key_q, sizes, action_dim), "qc": init_mlp(key_qc, sizes, action_dim)}
+
+
+def init_policy(args, key, obs_dim, action_dim):
+    """O -> 2A: mean and log standard deviation of a Gaussian."""
+    return init_mlp(key, (obs_dim, args.hidden, args.hidden, 2 * action_dim))
+
+
+def q_value(layers, obs, action):
+    """(..., O), (..., A) -> (...): Q or Qc of the action as it is executed, clipped to [-1, 1]."""
+    return mlp(layers, obs, jnp.clip(action, -1.0, 1.0))[..., 0]
+
+
+def gaussian(args, policy, obs):
+    """(..., O) -> mean, standard deviation (..., A): pi(s) before it is clipped."""
+    mean, log_std = jnp.split(mlp(policy, obs), 2, axis=-1)
+    return mean, jnp.exp(jnp.clip(log_std, args.log_std_min, args.log_std_max))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replay buffer: a ring on the device
+# ----------------------------------------------------------------------------------------------------------------------
+class Transition(NamedTuple):
+    """One agent step of every environment, or arrays of them with more leading axes."""
+
+    obs: jax.Array  # (E, O)
+    action: jax.Array  # (E, A)
+    reward: jax.Array  # (E,)
+    cost: jax.Array  # (E,)
+    next_obs: jax.Array  # (E, O): the episode's own last observation where it ends, not the next episode's first
+    terminated: jax.Array  # (E,): 1 where the task ended: nothing is bootstrapped
+    done: jax.Array  # (E,): 1 where the episode ended, by termination or truncation
+
+
+class Buffer(NamedTuple):
+    """`rows` holds T agent steps of E environments; the next one is written at `head`, `size` of them are filled."""
+
+    rows: Transition  # (T, E, ...)
+    head: jax.Array
+    size: jax.Array
+
+
+def init_buffer(args, obs_dim, action_dim):
+    """An empty ring of args.buffer_size transitions."""
+    sizes = Transition((obs_dim,), (action_dim,), (), (), (obs_dim,), (), ())
+    rows = Transition(*(jnp.zeros((args.buffer_size // args.num_envs, args.num_envs, *size)) for size in sizes))
+    return Buffer(rows, jnp.int32(0), jnp.int32(0))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def add(buffer, transition):
+    """Write one agent step of every environment, in place, over the oldest if the ring is full."""
+    capacity = buffer.rows.reward.shape[0]
+    rows = jax.tree.map(lambda rows, new: rows.at[buffer.head].set(new), buffer.rows, transition)
+    return Buffer(rows, (buffer.head + 1) % capacity, jnp.minimum(buffer.size + 1, capacity))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def cut_episodes(buffer, cut):
+    """Mark the newest row as an episode's end (a truncation) where `cut` (E,): what is added next cannot join it."""
+    newest = buffer.rows.done[buffer.head - 1]
+    done = buffer.rows.done.at[buffer.head - 1].set(jnp.where(cut, 1.0, newest))
+    return buffer._replace(rows=buffer.rows._replace(done=done))
+
+
+def sample(args, buffer, key):
+    """B windows of n transitions, (n, B, ...), starts uniform over all that is stored. The newest row is marked as an
+    episode's end, like a truncation, so that no window goes on across the write head."""
+    capacity, num_envs = buffer.rows.reward.shape
+    key_env, key_start = jax.random.split(key)
+    env = jax.random.randint(key_env, (args.batch_size,), 0, num_envs)
+    age = jax.random.randint(key_start, (args.batch_size,), 0, buffer.size) + jnp.arange(args.n_step)[:, None]
+    row = (buffer.head - buffer.size + age) % capacity  # age 0: the oldest row
+    batch = jax.tree.map(lambda rows: rows[row, env], buffer.rows)
+    return batch._replace(done=jnp.where(age == buffer.size - 1, 1.0, batch.done))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Acting
+# ----------------------------------------------------------------------------------------------------------------------
+class Actor(NamedTuple):
+    """What acting carries from one agent step to the next."""
+
+    key: jax.Array
+    step: jax.Array  # agent steps taken; the step's own key is folded from it
+    metrics: dict  # name -> (E,): sums over agent steps since they were last set to zero
+
+
+def init_actor(args, key, action_dim):
+    """An actor at the start of a run."""
+    return Actor(jnp.copy(key), jnp.int32(0), {"charts/balance": jnp.zeros(args.num_envs)})
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="actor")
+def act(args, agent, actor, obs, is_first, explore):
+    """The policy for all environments at once: obs (E, O) -> action (E, A) in [-1, 1], next actor.
+
+    `is_first` has no meaning here; without `explore` the action is the policy's mean. It is clipped here, so that the
+    ring holds what was executed."""
+    mean, std = gaussian(args, agent.policy, obs)
+    noise = jax.random.normal(jax.random.fold_in(actor.key, actor.step), mean.shape)
+    action = jnp.clip(mean + jnp.where(explore, std * noise, 0.0), -1.0, 1.0)
+    return action, actor._replace(step=actor.step + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Critics
+# ----------------------------------------------------------------------------------------------------------------------
+def alive_mask(done):
+    """(H, B) -> (H + 1, B): 1 until the first episode end of a sequence, its step included; 0 after it."""
+    return jnp.concatenate([jnp.ones_like(done[:1]), jnp.cumprod(1.0 - done, axis=0)])
+
+
+def n_step_targets(args, policy, target, batch, key):
+    """Targets (B,) for Q and Qc from windows (n, B, ...), a' ~ pi(s'): sum_{k < m} gamma^k r_k + gamma^m Q(s', a').
+
+    m <= n are the steps up to the first episode end, s' is what the last of them led to; after a termination nothing is
+    bootstrapped."""
+    alive = alive_mask(batch.done)[:-1]
+    steps = jnp.sum(alive, axis=0, dtype=jnp.int32)  # m
+    end = steps - 1, jnp.arange(steps.size)
+    next_obs, proceed = batch.next_obs[end], 1.0 - batch.terminated[end]
+    mean, std = gaussian(args, policy, next_obs)
+    next_action = mean + std * jax.random.normal(key, mean.shape)
+    powers = jnp.arange(args.n_step)[:, None]
+    targets = []
+    for gamma, paid, layers in ((args.gamma, batch.reward, target["q"]), (args.cost_gamma, batch.cost, target["qc"])):
+        summed = jnp.sum(gamma**powers * alive * paid, axis=0)
+        targets.append(summed + gamma**steps * proceed * q_value(layers, next_obs, next_action))
+    return targets
+
+
+def critics_loss(critics, obs, action, q_target, qc_target):
+    """Mean squared errors of Q and Qc at (B, O), (B, A) against targets (B,) -> their sum, both as metrics."""
+    value = jnp.mean((q_value(critics["q"], obs, action) - q_target) ** 2)
+    cost_value = jnp.mean((q_value(critics["qc"], obs, action) - qc_target) ** 2)
+    return value + cost_value, {"losses/value": value, "losses/cost_value": cost_value}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# E-step
+# ----------------------------------------------------------------------------------------------------------------------
+def cost_threshold(args):
+    """d (1 - gamma^T) / ((1 - gamma) T): the discounted cost of an episode of T agent steps whose cost d is spread
+    evenly, the bound on Qc."""
+    steps, gamma = args.episode_length / args.action_repeat, args.cost_gamma
+    return args.cost_limit * (1.0 if gamma == 1.0 else (1.0 - gamma**steps) / ((1.0 - gamma) * steps))
+
+
+def dual_loss(dual, args, q, qc):
+    """(K, B) each: g(eta, lambda) = eta eps + lambda threshold + eta mean_B log mean_K exp((Q - lambda Qc) / eta)."""
+    log_mean = jax.nn.logsumexp((q - dual["lambda"] * qc) / dual["eta"], axis=0) - math.log(len(q))
+    return dual["eta"] * (args.e_step_kl + jnp.mean(log_mean)) + dual["lambda"] * cost_threshold(args)
+
+
+def action_weights(dual, q, qc):
+    """(K, B): softmax over the K actions of a state of (Q - lambda Qc) / eta.
+    differs from FSRL: there lambda Qc is subtracted twice."""
+    return jax.nn.softmax((q - dual["lambda"] * qc) / dual["eta"], axis=0)
+
+
+def e_step(args, dual, dual_opt, q, qc):
+    """One step of eta and lambda down the dual, then the weights (K, B) under the new ones."""
+    loss, grads = jax.value_and_grad(dual_loss)(dual, args, q, qc)
+    updates, dual_opt = optax.adam(args.dual_lr).update(grads, dual_opt)
+    dual = jax.tree.map(lambda x: jnp.clip(x, args.dual_min, args.dual_max), optax.apply_updates(dual, updates))
+    weights = action_weights(dual, q, qc)
+    kl = jnp.mean(jnp.sum(jax.scipy.special.xlogy(weights, weights * len(q)), axis=0))
+    violation = jnp.mean(jnp.sum(weights * qc, axis=0)) - cost_threshold(args)
+    metrics = {"cvpo/dual": loss, "cvpo/eta": dual["eta"], "cvpo/kl_weights": kl, "lagrangian/lambda": dual["lambda"],
+               "lagrangian/violation": violation}
+    return dual, dual_opt, weights, metrics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# M-step
+# ----------------------------------------------------------------------------------------------------------------------
+def log_prob(x, mean, std):
+    """(..., A) -> (...): log N(x; mean, std)"""
+    return jnp.sum(-0.5 * ((x - mean) / std) ** 2 - jnp.log(std) - 0.5 * math.log(2.0 * math.pi), axis=-1)
+
+
+def kl_parts(old_mean, old_std, mean, std):
+    """(B, A) each -> (2,): means over B of KL(old || N(mean, old_std)) and of KL(old || N(old_mean, std))."""
+    by_mean = 0.5 * ((mean - old_mean) / old_std) ** 2
+    by_std = jnp.log(std / old_std) + 0.5 * (old_std / std) ** 2 - 0.5
+    return jnp.stack([by_mean, by_std]).sum(-1).mean(-1)
+
+
+def policy_loss(policy, args, obs, actions, weights, old, alpha, alpha_opt):
+    """Weighted maximum likelihood under a bound on either KL: actions (K, B, A) of the Gaussian `old`, weights (K, B)
+    -> loss, (next alpha, its optimiser's state, metrics).
+
+    alpha rises where a KL exceeds its bound and falls below 0 where it does not; it is used between 0 and alpha_max."""
+    mean, std = gaussian(args, policy, obs)
+    fit = -jnp.mean(weights * (log_prob(actions, mean, old[1]) + log_prob(actions, old[0], std)))
+    kl = kl_parts(*old, mean, std)
+    excess = kl - jnp.array([args.kl_mean, args.kl_std])
+    updates, alpha_opt = optax.adam(args.alpha_lr).update(-jax.lax.stop_gradient(excess), alpha_opt)
+    alpha = optax.apply_updates(alpha, updates)
+    used = jnp.clip(alpha, 0.0, args.alpha_max)
+    entropy = jnp.mean(jnp.sum(jnp.log(std), axis=-1)) + 0.5 * math.log(2.0 * math.pi * math.e) * std.shape[-1]
+    metrics = {"losses/policy": fit, "losses/entropy": entropy, "cvpo/kl_mean": kl[0], "cvpo/kl_std": kl[1],
+               "cvpo/alpha_mean": used[0], "cvpo/alpha_std": used[1]}
+    return fit + jnp.sum(used * excess), (alpha, alpha_opt, metrics)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+# ----------------------------------------------------------------------------------------------------------------------
+class AgentState(NamedTuple):
+    """Everything that learning changes."""
+
+    critics: dict  # Q and Qc
+    policy: tuple
+    target: dict  # the critics that targets are read from
+    old_policy: tuple  # the policy at the start of the block of updates
+    critics_opt: tuple
+    policy_opt: tuple
+    dual: dict  # eta and lambda
+    dual_opt: tuple
+    alpha: jax.Array  # (2,): multipliers of the KL by the mean and by the standard deviation
+    alpha_opt: tuple
+    key: jax.Array
+    num_updates: jax.Array  # gradient updates done; each one's key is folded from it
+
+
+def init_agent(args, key, obs_dim, action_dim):
+    """A fresh agent for observations and actions of those sizes; `key` is a typed key (jax.random.key)."""
+    key_critics, key_policy, key_updates = jax.random.split(key, 3)
+    critics = init_critics(args, key_critics, obs_dim, action_dim)
+    policy = init_policy(args, key_policy, obs_dim, action_dim)
+    target, old_policy = jax.tree.map(jnp.copy, (critics, policy))  # copies: all are donated to the update
+    dual, alpha = {"eta": jnp.float32(args.eta_init), "lambda": jnp.float32(args.lambda_init)}, jnp.zeros(2)
+    return AgentState(critics, policy, target, old_policy, optax.adam(args.critic_lr).init(critics),
+                      optax.adam(args.policy_lr).init(policy), dual, optax.adam(args.dual_lr).init(dual), alpha,
+                      optax.adam(args.alpha_lr).init(alpha), key=key_updates, num_updates=jnp.int32(0))
+
+
+def begin_block(args, agent):
+    """The agent, and at the first update of a block with the policy as the old one and alpha begun anew."""
+    first = agent.num_updates % updates_due(args, args.train_every) == 0
+    alpha = jnp.zeros(2)
+    fresh = agent.policy, alpha, optax.adam(args.alpha_lr).init(alpha)
+    kept = agent.old_policy, agent.alpha, agent.alpha_opt
+    old_policy, alpha, alpha_opt = jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, kept)
+    return agent._replace(old_policy=old_policy, alpha=alpha, alpha_opt=alpha_opt)
+
+
+def update(args, agent, batch, key):
+    """One gradient step of the critics, of eta and lambda, of alpha and of the policy, then of the target critics ->
+    agent, metrics. `batch` is a Transition of windows, (n, B, ...)."""
+    key_target, key_actions = jax.random.split(key)
+    agent, obs = begin_block(args, agent), batch.obs[0]
+    targets = n_step_targets(args, agent.policy, agent.target, batch, key_target)
+    critic_grads, metrics = jax.grad(critics_loss, has_aux=True)(agent.critics, obs, batch.action[0], *targets)
+    critic_updates, critics_opt = optax.adam(args.critic_lr).update(critic_grads, agent.critics_opt)
+    critics = optax.apply_updates(agent.critics, critic_updates)
+
+    old = gaussian(args, agent.old_policy, obs)
+    actions = old[0] + old[1] * jax.random.normal(key_actions, (args.num_samples, *old[0].shape))
+    q, qc = (q_value(critics[name], obs, actions) for name in ("q", "qc"))
+    dual, dual_opt, weights, e_metrics = e_step(args, agent.dual, agent.dual_opt, q, qc)
+
+    policy_grads, (alpha, alpha_opt, m_metrics) = jax.grad(policy_loss, has_aux=True)(
+        agent.policy, args, obs, actions, weights, old, agent.alpha, agent.alpha_opt)
+    policy_updates, policy_opt = optax.adam(args.policy_lr).update(policy_grads, agent.policy_opt)
+    policy = optax.apply_updates(agent.policy, policy_updates)
+
+    target = jax.tree.map(lambda old, new: old + args.tau * (new - old), agent.target, critics)
+    metrics |= e_metrics | m_metrics | {"losses/critic_grad_norm": optax.tree.norm(critic_grads),
+                                        "losses/policy_grad_norm": optax.tree.norm(policy_grads)}
+    return AgentState(critics, policy, target, agent.old_policy, critics_opt, policy_opt, dual, dual_opt, alpha,
+                      alpha_opt, agent.key, agent.num_updates + 1), metrics
+
+
+@partial(jax.jit, static_argnames=("args", "num_updates"), donate_argnames="agent")
+def update_many(args, agent, buffer, num_updates):
+    """`num_updates` updates, each on windows sampled from the buffer -> agent, metrics averaged over them."""
+
+    def step(agent, _):
+        key_sample, key_update = jax.random.split(jax.random.fold_in(agent.key, agent.num_updates))
+        return update(args, agent, sample(args, buffer, key_sample), key_update)
+
+    agent, metrics = jax.lax.scan(step, agent, length=num_updates)
+    metrics["losses/param_norm"] = optax.tree.norm((agent.critics, agent.policy))
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+def updates_due(args, step):
+    """Updates that belong to the first `step` simulator steps."""
+    return int(step // args.action_repeat * args.updates_per_step)
+
+
+def action_size(agent):
+    """A"""
+    return agent.policy[-1]["b"].size // 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diagnostics: what was known of the costs
+# ----------------------------------------------------------------------------------------------------------------------
+def auc(score, positive):
+    """Area under the ROC curve, (N,) each: how often a positive's score is above another's (a tie is half a time)."""
+    others, positives = np.sort(score[~positive]), score[positive]
+    if not len(others) or not len(positives):
+        return math.nan
+    below = np.searchsorted(others, positives, "left") + np.searchsorted(others, positives, "right")
+    return float(below.mean() / (2 * len(others)))
+
+
+def cost_to_go(cost, terminated, last, gamma):
+    """(T,) -> (T,): the discounted cost that followed each step of an episode; `last` stands for that of the last step
+    unless it terminated."""
+    following = np.array(cost, np.float64)
+    following[-1] = cost[-1] if terminated[-1] else last
+    for t in reversed(range(len(cost) - 1)):
+        following[t] += gamma * following[t + 1]
+    return following
+
+
+def read_and_followed(args, episodes, read):
+    """Mean cost value read, (T,) of all episodes' steps, and mean discounted cost that followed: numbers by tag.
+
+    critic/read_..., critic/followed_... in states inside a hazard (the step before cost), outside, and before_k: k = 1
+    to 5 agent steps before a hazard is entered (before_1 is the step that enters); none for what did not occur."""
+    each = np.split(read, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
+    groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
+    for values, played in zip(each, (episode["played"] for episode in episodes)):
+        followed = cost_to_go(played.cost, played.terminated, values[-1], args.cost_gamma)
+        costly = played.cost > 0
+        inside = np.concatenate([[False], costly[:-1]])
+        entered = np.flatnonzero(costly & ~inside)
+        chosen = {"inside": inside, "outside": ~inside}
+        for k in range(1, 6):  # k steps ahead nothing but the way to this entry
+            chosen[f"before_{k}"] = [t - k + 1 for t in entered if t >= k - 1 and not inside[t - k + 1:t].any()]
+        for name, where in chosen.items():
+            groups[name][0].extend(values[where])
+            groups[name][1].extend(followed[where])
+    return {tag: np.mean(values) for name, both in groups.items()
+            for tag, values in zip((f"critic/read_{name}", f"critic/followed_{name}"), both) if values}
+
+
+def critic_metrics(args, agent, episodes):
+    """What Qc knew of the costs in evaluation episodes: numbers by tag, none for what did not occur.
+
+    critic/cost_auc: of Qc(s, a) for "this agent step costs"; then `read_and_followed` of it."""
+    rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
+    qc = np.asarray(q_value(agent.critics["qc"], rows.obs, rows.action))
+    area = auc(qc, rows.cost > 0)
+    return ({} if math.isnan(area) else {"critic/cost_auc": area}) | read_and_followed(args, episodes, qc)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From here on, what surrounds the method: the same text in every script (benchmark/sync.py writes it).
+# Environments: a few processes, each with several of them and the action repeat inside
+# ----------------------------------------------------------------------------------------------------------------------
+def import_safety_gymnasium(cheap_sky: bool = True):
+    """safety_gymnasium 1.0.0 on Python >= 3.11, NumPy 2 and MuJoCo 3; a gradient sky speeds reset() up 80 times."""
+    plain_dataclass = dataclasses.dataclass
+
+    def dataclass(cls=None, **options):
+        arrays = {name: value for name, value in getattr(cls, "__dict__", {}).items() if isinstance(value, np.ndarray)}
+        for name, value in arrays.items():
+            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+        return plain_dataclass(cls, **options)
+
+    def add_marker(viewer, marker):
+        geom = viewer.scn.geoms[viewer.scn.ngeom]
+        size, position, rgba = (np.asarray(marker[key], np.float64).ravel() for key in ("size", "pos", "rgba"))
+        mujoco.mjv_initGeom(geom, marker["type"], size, position, np.eye(3).ravel(), rgba.astype(np.float32))
+        geom.category = mujoco.mjtCatBit.mjCAT_DECOR
+        viewer.scn.ngeom += 1
+
+    def make_current(viewer):
+        atexit.register(viewer.opengl_context.free)
+        viewer.opengl_context.make_current()
+
+    # Its multi-agent tasks, which nobody makes here, import a class of a package that needs NumPy 1.
+    robotics = types.ModuleType("gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi")
+    robotics.MultiAgentMujocoEnv = object
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        sys.modules.setdefault(robotics.__name__, robotics)
+
+    # Its dataclasses have arrays as defaults, which Python >= 3.11 refuses: every instance gets a copy instead.
+    with mock.patch.object(dataclasses, "dataclass", dataclass):
+        import safety_gymnasium
+    import mujoco
+    import yaml
+    from gymnasium.envs.mujoco import mujoco_rendering
+
+    # MuJoCo 3.2 renamed the fields by which gymnasium 0.28 draws the lidar and the cost indicator.
+    mujoco_rendering.BaseRender._add_marker_to_scene = add_marker
+    # Contexts that outlive MuJoCo's own exit handler, and viewers that never got one, would each print a traceback.
+    mujoco_rendering.OffScreenViewer.make_context_current = make_current
+    mujoco_rendering.OffScreenViewer.__del__ = lambda viewer: hasattr(viewer, "opengl_context") and viewer.free()
+    # Every reset decodes six images of 4 MB for the sky, which the agent never sees: a gradient takes their place.
+    with open(f"{safety_gymnasium.__path__[0]}/configs/assets.yaml", encoding="utf-8") as file:
+        assets = yaml.safe_load(file)
+    sky = {"type": "skybox", "builtin": "gradient", "rgb1": ".3 .5 .7", "rgb2": "0 0 0", "width": "32", "height": "192"}
+    assets["textures"]["skybox"] = {f"@{key}": value for key, value in sky.items()}
+    cheap = types.SimpleNamespace(load=lambda file, Loader: copy.deepcopy(assets), FullLoader=None)
+    safety_gymnasium.world.yaml = cheap if cheap_sky else yaml
+    return safety_gymnasium
+
+
+def episode_seed(seed, stream, env, episode):
+    """Seed of one episode, a function of the run's seed, the stream (0 training, 1 evaluation) and two counters."""
+    return int(np.random.SeedSequence((seed, stream, env, episode)).generate_state(1)[0])
+
+
+def make_env(args, drawn):
+    """One environment of the task, able to draw if `drawn`."""
+    if drawn:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 512, "height": 512} if drawn else {}
+    env = import_safety_gymnasium().make(args.env_id, **options)
+    if len(env.observation_space.shape or ()) != 1:
+        raise ValueError("its observations are not a flat vector")
+    env.reset(seed=0)  # all resets but the first depend on the seed alone (Car differs in the 17th digit)
+    if drawn:
+        env.render()  # now, not at the first evaluation, is the time to fail
+    return env
+
+
+def env_worker(pipe, args, stream, indices, drawn):
+    """Body of a process that holds the environments `indices`. It answers
+    ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
+    ("step", [action in [-1, 1], ...]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator steps
+    taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
+    ("draw", ...) with a picture of the first one, or None. Whatever goes wrong is sent as text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent, episodes, seen, so_far = os.getppid(), {}, {}, {}
+
+    def see(env, obs):
+        low, high = env.observation_space.low, env.observation_space.high
+        return np.asarray(transform_obs(obs, low, high) if args.obs_transform == "log" else obs, np.float32)
+
+    def reset(index, episode):
+        obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
+        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), np.zeros(3)
+
+    def step(index, action):
+        env, before, total = envs[index], seen[index], np.zeros(2)
+        low, high = env.action_space.low, env.action_space.high
+        scaled = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high)
+        for steps in range(1, args.action_repeat + 1):
+            obs, reward, cost, terminated, truncated, _ = env.step(scaled)
+            total += reward, cost
+            if terminated or truncated:
+                break
+        seen[index], so_far[index] = see(env, obs), so_far[index] + [*total.astype(np.float32), steps]
+        row, stats = Transition(before, action, *total, seen[index], terminated, terminated or truncated), so_far[index]
+        if row.done:
+            reset(index, episodes[index] + 1)
+        return Transition(*(np.asarray(x, np.float32) for x in row)), [steps, *stats]
+
+    try:
+        envs = {index: make_env(args, drawn and index == 0) for index in indices}
+        pipe.send((envs[indices[0]].observation_space.shape[0], envs[indices[0]].action_space.low.size))
+        while True:
+            while not pipe.poll(5.0):
+                if os.getppid() != parent:
+                    return
+            command, values = pipe.recv()
+            if command == "step":
+                rows, stats = zip(*map(step, indices, values))
+                answer = np.stack(list(seen.values())), Transition(*map(np.stack, zip(*rows))), np.array(stats)
+            elif command == "reset":
+                for index, (episode, actions) in zip(indices, values):
+                    reset(index, episode)
+                    for action in actions:
+                        step(index, action)
+                answer = np.stack(list(seen.values()))
+            else:
+                answer = None
+                with contextlib.suppress(Exception):
+                    answer = envs[0].render() if drawn else None  # KeyError in the processes that do not hold it
+            pipe.send(answer)
+    except EOFError:
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+class EnvFailure(Exception):
+    """An environment's process died, hung or raised."""
+
+
+class Envs(NamedTuple):
+    """Handles of the environment processes. The last two lists change where processes are started anew."""
+
+    args: Args
+    stream: int  # 0 training, 1 evaluation
+    drawn: bool
+    groups: list  # of the environments that each process holds
+    workers: list  # (process, pipe)
+    failures: list  # one text for each time that they were started anew
+
+
+START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
+MAX_FAILURES = 10
+DRAWING_HINT = ("; --capture-video needs EGL or OSMesa (Debian: apt-get install libegl1 libgl1-mesa-dri), and a "
+                "MUJOCO_GL that names it or is not set")
+
+
+def receive(envs, number, timeout=None):
+    """The answer of one process; EnvFailure if it failed, died or gave none in time."""
+    (process, pipe), timeout = envs.workers[number], timeout or envs.args.env_timeout
+    try:
+        answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
+    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+        process.join(timeout=5)
+        answer = f"its process ended with exit code {process.exitcode}"
+    if isinstance(answer, str):
+        which = ", ".join(map(str, envs.groups[number]))
+        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {which} of {envs.args.env_id} (seed "
+                         f"{envs.args.seed}): {answer}")
+    return answer
+
+
+def ask(envs, command, values, timeout=None):
+    """One command to every process, with `values[i]` for environment i -> their answers."""
+    for group, (_, pipe) in zip(envs.groups, envs.workers):
+        with contextlib.suppress(OSError):  # it is dead: `receive` says so
+            pipe.send((command, [values[index] for index in group]))
+    return [receive(envs, number, timeout) for number in range(len(envs.workers))]
+
+
+def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
+    """That many environments, in as many processes as there are cores -> envs, O, A. EnvFailure if one cannot be made.
+
+    Call it before JAX is used (fork copies no threads), or with start_method "spawn"."""
+    groups = np.array_split(np.arange(num_envs), min(num_envs, len(os.sched_getaffinity(0))))
+    envs = Envs(args, stream, drawn, [group.tolist() for group in groups], [], [])
+    return envs, *start_workers(envs, start_method)
+
+
+def start_workers(envs, start_method):
+    context = multiprocessing.get_context(start_method)
+    atexit.register(close_envs, envs)  # Python's own end would wait for them: they ignore SIGTERM
+    for group in envs.groups:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=env_worker, daemon=True,
+                                  args=(theirs, envs.args, envs.stream, group, envs.drawn))
+        process.start()
+        theirs.close()
+        envs.workers.append((process, ours))
+    try:
+        return [receive(envs, number, START_TIMEOUT) for number in range(len(envs.workers))][0]
+    except EnvFailure as failure:
+        close_envs(envs)
+        raise EnvFailure(f"{failure}{DRAWING_HINT * envs.drawn}")
+
+
+def close_envs(envs):
+    """End the environment processes."""
+    for process, pipe in envs.workers:
+        process.kill()
+        process.join()
+        pipe.close()
+    envs.workers.clear()
+
+
+def reset_envs(envs, episodes, taken=None):
+    """Begin episode `episodes[i]` in environment i and take the actions `taken[i]` (T_i, A) in it -> obs (E, O).
+
+    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
+    return np.concatenate(ask(envs, "reset", list(zip(episodes, taken or [[]] * len(episodes))), START_TIMEOUT))
+
+
+def step_envs(envs, action):
+    """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
+    simulator steps taken, then return, cost and length of the episode so far."""
+    obs, rows, stats = zip(*ask(envs, "step", action))
+    return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
+
+
+def restart_envs(envs, episodes, failure):
+    """All processes anew after a failure, at the start of those episodes -> obs (E, O).
+
+    EnvFailure after MAX_FAILURES since `envs.failures` was last emptied."""
+    while len(envs.failures) < MAX_FAILURES:
+        envs.failures.append(str(failure))
+        warn(f"{failure}; all are started anew")
+        close_envs(envs)
+        try:
+            start_workers(envs, "spawn")  # by now JAX has threads, which a fork would copy in whatever state they are
+            return reset_envs(envs, episodes)
+        except EnvFailure as again:
+            failure = again
+    raise EnvFailure(f"{failure} (after {MAX_FAILURES} new starts)")
+
+
+def warn(message):
+    """A line of its own on stderr, also while there is a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+def evaluate(args, agent, envs, num_episodes, stopping=(), bar=None):
+    """Play that many whole episodes without exploration noise -> one dict each (return, cost, length, balance, and
+    `played`, a Transition of arrays (T, ...)), and frames of the first one for `write_video`.
+
+    Episode i always has the same seed. Where a process fails, a batch of episodes is played again. Nothing is returned
+    once `stopping` is no longer empty."""
+    episodes, frames, num_envs = [], [], sum(map(len, envs.groups))
+    while len(episodes) < num_episodes:
+        first = len(episodes)
+        try:
+            batch, pictures = play(args, agent, envs, first, min(num_envs, num_episodes - first), stopping)
+        except EnvFailure as failure:
+            restart_envs(envs, [first] * num_envs, failure)
+            continue
+        if stopping:
+            return [], []
+        episodes, frames = episodes + batch, frames or pictures
+        if bar is not None:
+            bar.update(len(batch))
+    return episodes, frames
+
+
+def play(args, agent, envs, episode, count, stopping):
+    """What `evaluate` does with one batch: that episode of the first `count` environments, to its end in each."""
+    obs, rows, frames, ends = reset_envs(envs, [episode] * sum(map(len, envs.groups))), [], [], {}
+    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), action_size(agent))
+    padded = np.zeros((args.num_envs, obs.shape[1]), np.float32)  # so that `act` is compiled only once
+    while len(ends) < count and not stopping:
+        padded[:len(obs)] = obs
+        action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
+        obs, row, stats = step_envs(envs, np.asarray(action)[:len(obs)])
+        rows.append(row)
+        for index in set(np.flatnonzero(row.done[:count]).tolist()) - set(ends):
+            played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+            plans = float(actor.metrics["charts/balance"][index]) / len(rows)
+            ends[index] = dict(zip(("environment", "return", "cost", "length", "balance", "played"), (
+                episode + index, *stats[index, 1:3].tolist(), int(stats[index, 3]), plans, played)))
+        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", obs)[0]) is not None:
+            frames.append((picture, *stats[0, 1:3]))
+    return [ends[index] for index in sorted(ends)], frames
+
+
+def interval(values):
+    """Bounds of the mean: its 95% bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values)))
+    return np.percentile(drawn.mean(1), [2.5, 97.5])
+
+
+def summary(episodes, step, cost_rate, wall_time):
+    """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
+    returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
+    (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
+            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+class Progress(NamedTuple):
+    """Where a run is, on the host's side."""
+
+    step: int  # simulator steps, all environments together, were no episode ever shorter
+    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
+    simulated: int  # simulator steps really taken
+    cost: float  # of all training so far
+    acts: int  # agent steps that the sums in actor.metrics are over
+    episodes: np.ndarray  # (E,): number of the episode that each environment is in
+    is_first: np.ndarray  # (E,): whether nothing was done in it yet
+    obs: np.ndarray  # (E, O): what to act on next
+    rows: list  # of episodes.csv: every episode that has ended
+    wall_time: float  # seconds, until the run was last started
+
+
+class Run(NamedTuple):
+    """All that a run changes, and all that a checkpoint holds."""
+
+    agent: AgentState
+    actor: Actor
+    buffer: Buffer
+    progress: Progress
+
+
+CHECKPOINT_FORMAT = 2
+COLUMNS = ("split", "step", "environment", "return", "cost", "length")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write to, which takes the place of `path` once it is whole. OSError if there is no room."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def flatten(tree):
+    """A pytree as {path: NumPy array}; typed keys as their data."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return {jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_checkpoint(run_dir, run, wall_time):
+    """Write checkpoint_STEP.npz with everything that training needs to go on, without pickle; keep the one before."""
+    buffer = run.buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(run.buffer.size)], run.buffer.rows))
+    counters = run.progress._asdict() | {"wall_time": wall_time, "format": CHECKPOINT_FORMAT}
+    with replacing(run_dir / f"checkpoint_{run.progress.step}.npz") as file:
+        np.savez(file, counters=np.array(json.dumps(counters, default=lambda array: array.tolist())),
+                 **flatten({"agent": run.agent, "actor": run.actor, "buffer": buffer}))
+    for old in checkpoints(run_dir)[:-2]:
+        old.unlink()
+
+
+def checkpoints(run_dir):
+    """The checkpoints of a run, the newest last."""
+    found = [path for path in Path(run_dir).glob("checkpoint_*.npz") if path.stem.split("_")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.split("_")[1]))
+
+
+def load_checkpoint(run_dir, templates):
+    """The trees named in `templates` ({"agent": ..., ...}, of the right shapes) in the newest checkpoint; counters.
+
+    SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
+    def restore(leaf_path, leaf):
+        name = jax.tree_util.keystr(leaf_path)
+        saved = file[name]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(saved))
+        if name.startswith("['buffer'].rows") and saved.shape[1:] == leaf.shape[1:] and len(saved) <= len(leaf):
+            saved = np.concatenate([saved, np.zeros((len(leaf) - len(saved), *saved.shape[1:]), saved.dtype)])
+        if saved.shape != leaf.shape:
+            raise ValueError(f"{name} has shape {saved.shape}, expected {leaf.shape}")
+        return jnp.asarray(saved, leaf.dtype)
+
+    if not (found := checkpoints(run_dir)):
+        raise SystemExit(f"{run_dir} has no checkpoint: the run was killed before its first evaluation, start it anew")
+    try:
+        with np.load(found[-1], allow_pickle=False) as file:
+            counters = json.loads(str(file["counters"]))
+            if counters["format"] != CHECKPOINT_FORMAT:
+                raise ValueError(f"format {counters['format']} of another version")
+            return jax.tree_util.tree_map_with_path(restore, templates), counters
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
+        raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
+
+
+def make_run_dir(args):
+    """The run's directory, new, with args.json: all flags, package versions, the git commit."""
+    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    packages = ("jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    info = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "git_commit": git.stdout.strip() or None,
+            "python": sys.version.split()[0], "packages": {name: importlib.metadata.version(name) for name in packages}}
+    try:
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
+    except OSError as error:
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {error.strerror}: {error.filename}")
+    return run_dir
+
+
+def reason(error):
+    """An OSError in one line; some libraries' own have nothing but a text."""
+    return error.strerror or str(error).partition("\n")[0]
+
+
+def attempt(write, *arguments):
+    """Write, or warn that there is no room on the disk."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'}; training goes on")
+
+
+class Logs(NamedTuple):
+    run_dir: Path
+    lock: io.IOBase  # held while the process lives
+    writer: object  # TensorBoard
+    wandb_run: object  # Weights & Biases, or None
+
+
+def open_logs(args, run_dir):
+    """TensorBoard and, with --track, Weights & Biases, where a resumed run goes on -> Logs.
+
+    SystemExit if another process trains in that directory."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+    from tensorboard.summary import Writer
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    file = open(run_dir / "args.json", "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process trains in {run_dir}")
+    except OSError:
+        pass  # a file system without locks
+    flags, wandb_run = {name: "" if value is None else value for name, value in vars(args).items()}, None
+    if args.track:
+        wandb_run = importlib.import_module("wandb").init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", config=flags,
+            group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
+    if not args.resume:
+        hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
+        hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
+        hparams.close()
+    return Logs(run_dir, file, Writer(str(run_dir)), wandb_run)
+
+
+def write_logs(logs, values, step):
+    """Numbers by tag."""
+    for tag, value in values.items():
+        logs.writer.add_scalar(tag, float(value), step)
+    logs.writer.flush()
+    if logs.wandb_run is not None:
+        logs.wandb_run.log({tag: float(value) for tag, value in values.items()} | {"step": step})
+
+
+def write_video(path, frames, wandb_run=None):
+    """An episode as mp4, one frame (picture, return and cost so far) per agent step."""
+    import imageio
+    from PIL import Image, ImageDraw
+
+    pictures = [Image.fromarray(picture) for picture, _, _ in frames]
+    for picture, (_, total, cost) in zip(pictures, frames):
+        ImageDraw.Draw(picture).text((12, 8), f"return {total:.1f}  cost {cost:.0f}", "white", font_size=24)
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings(action="ignore"):  # of os.fork(), by which imageio starts ffmpeg
+        imageio.mimwrite(path, list(map(np.asarray, pictures)), fps=20, macro_block_size=1)
+    if wandb_run is not None:
+        wandb_run.log({"video": importlib.import_module("wandb").Video(str(path))})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "capture_video", "track", "wandb_project_name",
+                  "wandb_entity", "runs_dir", "resume", "evaluate")
+
+
+def read_flags(argv, default):
+    """Args from the command line, shown in their groups; tyro says what it cannot read."""
+    groups = dataclasses.make_dataclass("Groups", [(group.__name__.lower(), group) for group in GROUPS])
+    take = lambda group: group(**{field.name: getattr(default, field.name) for field in dataclasses.fields(group)})
+    read = tyro.cli(groups, args=argv, default=groups(*map(take, GROUPS)), description=Args.__doc__,
+                    config=(tyro.conf.OmitArgPrefixes,))
+    return Args(**{name: value for group in vars(read).values() for name, value in vars(group).items()})
+
+
+def problems(args):
+    """What is wrong with the flags, one sentence each: values outside their fields' ranges, or else broken rules."""
+    found = []
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        low, high = next((x for x in getattr(hint, "__metadata__", ()) if type(x) is tuple), (-LARGE, LARGE))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            least = "positive" if 0 < low < 1 else f"at least {low:g}"
+            least = least if math.isfinite(value) and low > -LARGE else "a finite number"
+            found.append(f"{flag} must be {least}" + (f" and at most {high:.10g}" if high < LARGE else ""))
+    return found or [message for holds, message in rules(args) if not holds]
+
+
+def parse_args(argv=None):
+    """Flags from the command line; with --resume or --evaluate on top of those the run was started with.
+
+    SystemExit with one line for each flag that cannot be."""
+    args = read_flags(argv, Args())
+    args = read_flags(argv, dataclasses.replace(args, **PRESETS[args.preset]))
+    if run_dir := args.resume or args.evaluate:
+        try:
+            info = json.loads((Path(run_dir) / "args.json").read_text())
+            if info["script"] != Path(__file__).stem:
+                raise SystemExit(f"{run_dir} was made by {info['script']}.py: use that script")
+            saved = Args(**info["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
+        args = read_flags(argv, saved)
+        free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
+        changed = [name for name in vars(saved) if name not in free and getattr(args, name) != getattr(saved, name)]
+        if changed:
+            raise SystemExit(f"--{changed[0].replace('_', '-')} cannot differ from the run in {run_dir}")
+    if found := problems(args):
+        raise SystemExit("\n".join(found))
+    return args
+
+
+def check_env_id(env_id):
+    """SystemExit with the nearest names if Safety-Gymnasium has no such task."""
+    try:
+        import_safety_gymnasium()
+        from safety_gymnasium.utils.registration import safe_registry
+    except Exception as error:
+        raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
+    if env_id not in safe_registry:
+        flat = [name for name in safe_registry if "Vision" not in name]
+        near = ", ".join(difflib.get_close_matches(env_id, flat)) or "for example SafetyPointGoal1-v0"
+        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+
+
+def check_machine(args):
+    """SystemExit if the task, the place for runs or the login for --track is not there."""
+    check_env_id(args.env_id)
+    runs_dir = Path(args.runs_dir).absolute()
+    place = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {place} is not a directory that can be written to")
+    if args.track:
+        try:
+            wandb, sent = importlib.import_module("wandb"), os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+            if sent and not wandb.login():
+                raise OSError("nobody is logged in: wandb login, or WANDB_MODE=offline")
+        except Exception as error:  # a broken installation raises anything
+            raise SystemExit(f"--track: Weights & Biases cannot be used: {error}")
+
+
+def check_device(args, sizes):
+    """SystemExit if JAX has no device, or too small a one for the replay buffer."""
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS asks for what is not there
+        why = str(error).partition("\n")[0]
+        raise SystemExit(f"JAX finds no device: {why} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})")
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, *sizes))))
+    memory = device.memory_stats() or {}  # a CPU has none
+    there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if needed > there and not args.evaluate:
+        raise SystemExit(f"the replay buffer needs {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}: lower "
+                         "--buffer-size")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+def cycle_end(args, completed):
+    """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
+    following = (completed // args.train_every + 1) * args.train_every
+    return min(max(following, args.learning_starts), args.total_timesteps)
+
+
+def require_finite(name, values, step):
+    """SystemExit if a number of an environment, in values (E, ...), is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(-1))
+    if len(bad):
+        raise SystemExit(f"{name} of environment {bad[0]} is not finite at step {step:,}; the last checkpoint stays as "
+                         "it is")
+
+
+def begin(args, envs, sizes):
+    """A run at its first moment, or with --resume at that of its newest checkpoint.
+
+    On the same machine and versions its environments are there to the last bit. Where they are not, unfinished
+    episodes are cut."""
+    check_device(args, sizes)
+    key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
+    trees = {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
+             "buffer": init_buffer(args, *sizes)}
+    if not args.resume:
+        first = np.zeros(args.num_envs, int)
+        return Run(**trees, progress=Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0))
+    trees, counters = load_checkpoint(args.resume, trees)
+    if counters["completed"] >= args.total_timesteps:
+        raise SystemExit(f"{args.resume} is at step {counters['step']:,} already: raise --total-timesteps to go on")
+    arrays = {"episodes": int, "is_first": bool, "obs": np.float32}
+    progress = Progress(**{name: np.array(counters[name], arrays[name]) if name in arrays else counters[name]
+                           for name in Progress._fields})
+    run = Run(**trees, progress=progress)
+    if np.array_equal(reset_envs(envs, progress.episodes, unfinished(run.buffer)), progress.obs):
+        return run
+    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
+    return cut(run, reset_envs(envs, progress.episodes + 1))
+
+
+def unfinished(buffer):
+    """E times (T_i, A): the actions taken in the environments' unfinished episodes, as far as the ring has them."""
+    order = np.arange(int(buffer.head) - int(buffer.size), int(buffer.head))  # a negative index is an older row
+    done, actions = np.asarray(buffer.rows.done)[order], np.asarray(buffer.rows.action)[order]
+    return [actions[np.flatnonzero([1, *ends])[-1]:, index] for index, ends in enumerate(done.T)]
+
+
+def cut(run, obs):
+    """The run with all its episodes ended by truncation, before the first step, from obs (E, O), of the next ones."""
+    episodes, first = run.progress.episodes + 1, np.ones(len(obs), bool)
+    return run._replace(buffer=cut_episodes(run.buffer, first), progress=run.progress._replace(
+        episodes=episodes, is_first=first, obs=obs))
+
+
+def collect(args, envs, run):
+    """One agent step of every environment -> run, seconds spent in `act`. Where a process fails, all episodes end by
+    truncation; EnvFailure with the run as its `run` after too many failures."""
+    began, progress, actor, acts = time.time(), run.progress, run.actor, run.progress.acts
+    if progress.step < args.learning_starts:
+        random = np.random.default_rng((args.seed, 3, progress.step))
+        action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
+    else:
+        action, actor = act(args, run.agent, actor, progress.obs, progress.is_first, True)
+        action, acts = np.asarray(action), acts + 1
+    run, seconds = run._replace(actor=actor, progress=progress._replace(acts=acts)), time.time() - began
+    step = progress.step + args.num_envs * args.action_repeat
+    require_finite("action", action, step)
+    try:
+        obs, row, stats = step_envs(envs, action)
+    except EnvFailure as failure:
+        try:
+            return cut(run, restart_envs(envs, progress.episodes + 1, failure)), seconds
+        except EnvFailure as last:
+            last.run = run  # the one before has given its actor away
+            raise
+    for name, values in {"observation": np.concatenate([obs, row.next_obs], -1), "reward": row.reward,
+                         "cost": row.cost}.items():
+        require_finite(name, values, step)
+    ended = [["train", step, index, *stats[index, 1:3].tolist(), int(stats[index, 3])]
+             for index in np.flatnonzero(row.done).tolist()]
+    return run._replace(buffer=add(run.buffer, row), progress=progress._replace(
+        step=step, simulated=progress.simulated + int(stats[:, 0].sum()), cost=progress.cost + float(row.cost.sum()),
+        acts=acts, episodes=progress.episodes + (row.done > 0), is_first=row.done > 0, obs=obs,
+        rows=progress.rows + ended if ended else progress.rows)), seconds
+
+
+def show(bar, doing):
+    """What takes time now, in the progress bar."""
+    if bar.desc != doing + ": " * bool(doing):
+        bar.set_description(doing)
+
+
+def cycle(args, envs, run, bar, stopping):
+    """Collect until the next block of updates, then update -> run, numbers by tag, an EnvFailure or None.
+
+    It ends early where `stopping` fills."""
+    began, acting, values, end = time.time(), 0.0, {}, cycle_end(args, run.progress.completed)
+    while run.progress.step < end and not stopping:
+        acted = run.progress.step - args.learning_starts
+        show(bar, "compiling" if 0 <= acted < args.num_envs * args.action_repeat else "")
+        try:
+            run, seconds = collect(args, envs, run)
+        except EnvFailure as failure:
+            return failure.run, values, failure
+        acting, _ = acting + seconds, bar.update(run.progress.step - bar.n)
+    collected, step = time.time(), run.progress.step
+    due = updates_due(args, step) if step >= args.learning_starts else 0
+    at_once = math.gcd(updates_due(args, args.train_every), 100)  # the bar moves
+    while int(run.agent.num_updates) + at_once <= due and not stopping:
+        show(bar, "updating" if int(run.agent.num_updates) else "compiling")
+        agent, metrics = update_many(args, run.agent, run.buffer, at_once)
+        run, values = run._replace(agent=agent), jax.device_get(metrics)
+        if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
+            raise SystemExit(f"{', '.join(bad)} not finite at step {step:,}; the last checkpoint stays as it is")
+    total = time.time() - began
+    return run, values | {"time/act": acting / total, "time/env": (collected - began - acting) / total,
+                          "time/update": 1 - (collected - began) / total}, None
+
+
+def report(logs, bar, run, values):
+    """Write and show a cycle's numbers -> run, its sums begun anew."""
+    progress, metrics = run.progress, jax.device_get(run.actor.metrics)
+    values |= {tag: np.mean(x) / progress.acts for tag, x in metrics.items() if progress.acts}
+    if rows := [row[3:] for row in progress.rows if row[0] == "train" and row[1] > progress.completed]:
+        tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
+        values |= dict(zip(tags, np.mean(rows, axis=0)))
+    values |= {"charts/cost_rate": progress.cost / progress.simulated}
+    attempt(write_logs, logs, values, progress.step)
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, progress.rows)
+    shown = {"balance": ("charts/balance", ".0%"), "return": ("charts/episodic_return", ".1f"),
+             "cost": ("charts/episodic_cost", ".0f"), "cost_rate": ("charts/cost_rate", ".4f")}
+    bar.set_postfix({name: format(values[tag], form) for name, (tag, form) in shown.items() if tag in values})
+    return run._replace(actor=run.actor._replace(metrics=jax.tree.map(jnp.zeros_like, run.actor.metrics)),
+                        progress=progress._replace(acts=0))
+
+
+def report_evaluation(args, logs, run, episodes, frames):
+    """Write an evaluation -> run, with its episodes among the rows and its cycle completed."""
+    step = run.progress.step
+    tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
+    values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
+    attempt(write_logs, logs, values | critic_metrics(args, run.agent, episodes), step)
+    if frames:
+        attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
+    rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, rows)
+    return run._replace(progress=run.progress._replace(rows=rows, completed=step))
+
+
+def train(args, stopping=()):
+    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes.
+
+    As soon as the sequence `stopping` is not empty (a signal fills it), the step is finished, a checkpoint written and
+    the run left. SystemExit with one line for what cannot go on; EnvFailure if an environment cannot be made."""
+    check_machine(args)
+    with contextlib.ExitStack() as stack:
+        envs, *sizes = start_envs(args, 0, args.num_envs)
+        stack.callback(close_envs, envs)
+        eval_envs, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+        stack.callback(close_envs, eval_envs)
+        return learn(args, envs, eval_envs, sizes, stopping)  # from here on JAX takes threads
+
+
+def learn(args, envs, eval_envs, sizes, stopping):
+    """What `train` does once its environments have started."""
+    logs = open_logs(args, Path(args.resume)) if args.resume else None
+    run = begin(args, envs, sizes)
+    logs = logs or open_logs(args, make_run_dir(args))
+    print(f"{logs.run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}", flush=True)
+    if jax.default_backend() == "cpu" and (line := advice(args)):
+        print(line, flush=True)
+    began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
+    bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
+               mininterval=1.0 if sys.stderr.isatty() else 60.0)
+    failure = None
+    with bar:
+        while run.progress.completed < args.total_timesteps:
+            run, values, failure = cycle(args, envs, run, bar, stopping)
+            if stopping or failure:
+                break
+            step = run.progress.step
+            values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
+            run = report(logs, bar, run, values)
+            if step == args.total_timesteps or args.eval_every and step % args.eval_every == 0:
+                show(bar, "evaluating")
+                try:
+                    episodes, frames = evaluate(args, run.agent, eval_envs, args.eval_episodes, stopping)
+                except EnvFailure as error:
+                    failure = error
+                if stopping or failure:
+                    break
+                run = report_evaluation(args, logs, run, episodes, frames)
+                attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+                bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
+                sys.stdout.flush()  # at once, into a file too
+            else:
+                run = run._replace(progress=run.progress._replace(completed=step))
+            envs.failures.clear()
+            eval_envs.failures.clear()
+    if stopping or failure:
+        attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+        warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}")
+    attempt(logs.writer.close)
+    if failure:
+        raise failure
+    return episodes
+
+
+def evaluate_run(args):
+    """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
+    check_machine(args)
+    run_dir, began = Path(args.evaluate), time.time()
+    envs, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_envs, envs)
+        check_device(args, sizes)
+        template = {"agent": init_agent(args, jax.random.key(args.seed), *sizes)}
+        trees, counters = load_checkpoint(run_dir, template)
+        with tqdm(total=args.eval_episodes, unit="episode") as bar:
+            episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
+    print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
+    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
+        print(f"{tag} {value:.3g}")
+    columns = (*COLUMNS, "balance")
+    try:
+        write_csv(run_dir / "evaluation.csv", columns, [
+            ["eval", counters["step"], *(episode[name] for name in columns[2:])] for episode in episodes])
+        if frames:
+            write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
+    except OSError as error:
+        raise SystemExit(f"{run_dir}: {reason(error)}: the lines above were not written to a file")
+    return episodes
+
+
+def heed_signals(stopping):
+    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process.
+
+    A thread reads what the C handlers write: Python's own would wait until JAX gives control back."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        while True:
+            for number in os.read(reading, 16):
+                if stopping and number == signal.SIGINT:
+                    os._exit(128 + number)
+                stopping.append(number)
+                print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
+
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv=None):
+    """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
+    with contextlib.suppress(AttributeError):  # a notebook's is no file
+        sys.stdout.reconfigure(errors="replace")  # where there is no "±"
+    args, stopping = parse_args(argv), []
+    if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
+    try:
+        if args.evaluate:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+            evaluate_run(args)
+        else:
+            heed_signals(stopping)
+            train(args, stopping)
+    except EnvFailure as failure:
+        raise SystemExit(str(failure))
+    if stopping:
+        sys.stdout.flush()
+        os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
+
+
+if __name__ == "__main__":
+    main()
