@@ -52,7 +52,8 @@ Differs from baselines/ppo_lagrangian.py in
     added: excess - c, of an episode or of its mean agent step
     changed: surrogate, divergence - of one advantage, without a clip; mean over action dimensions too
     added: curvature, conjugate_gradient, dual, judge, line_search, policy_step - the step and its length
-    changed: total_loss, improve - the passes are the critics' alone
+    removed: policy_loss - the passes are the critics' alone
+    changed: LOSSES, improve - likewise
     changed: AgentState, init_agent, update - lengths of episodes beside their costs
     flags: epochs, batch_size, target_kl, learning_rate, grad_clip - other values, or of the critics alone
     flags: damping, cg_iterations, line_search_factor, line_search_tries, constraint_scale - new
@@ -490,6 +491,18 @@ def critic_loss(critic, args, obs, target):
     return jnp.mean((value(critic, obs) - target) ** 2) + args.critic_l2 * squares
 
 
+def value_loss(critic, args, batch):
+    """V on the reward's returns -> loss, metrics."""
+    loss = critic_loss(critic, args, batch.obs, batch.target)
+    return loss, {"losses/value": loss}
+
+
+def cost_value_loss(critic, args, batch):
+    """V_c on the cost's returns -> loss, metrics."""
+    loss = critic_loss(critic, args, batch.obs, batch.cost_target)
+    return loss, {"losses/cost_value": loss}
+
+
 def surrogate(policy, batch, advantage):
     """mean ratio A, ratio = pi(a | s) / old pi(a | s), of an advantage (N,) of reward or of cost."""
     return jnp.mean(jnp.exp(log_prob(policy, batch.obs, batch.action) - batch.log_prob) * advantage)
@@ -510,11 +523,7 @@ def conjugate_gradient(args, product, b):
                               step, start)[0]
 
 
-def total_loss(networks, args, batch):
-    """Both critics' losses in one number, for one gradient -> sum, metrics."""
-    losses = {"losses/value": critic_loss(networks["value"], args, batch.obs, batch.target),
-              "losses/cost_value": critic_loss(networks["cost_value"], args, batch.obs, batch.cost_target)}
-    return sum(losses.values()), losses
+LOSSES = {"value": value_loss, "cost_value": cost_value_loss}
 
 
 def dual(args, q, r, s, c, b_squared):
@@ -533,9 +542,9 @@ def dual(args, q, r, s, c, b_squared):
     on_limit = jnp.sqrt(across / (jnp.maximum(room, 0.0) + guard))
     trust = jnp.where((case >= 3) | (plain * c + r <= 0), plain, on_limit)  # lambda
     nu = jnp.where(case >= 3, 0.0, jnp.maximum(trust * c + r, 0.0) / (s + guard))
+    nu = jnp.where(case == 0, jnp.sqrt(2.0 * args.target_kl / (s + guard)), nu)
     along_x = jnp.where(case == 0, 0.0, 1.0 / (trust + guard))
-    along_p = jnp.where(case == 0, -jnp.sqrt(2.0 * args.target_kl / (s + guard)), -nu / (trust + guard))
-    return case, nu, along_x, along_p
+    return case, nu, along_x, -nu * jnp.where(case == 0, 1.0, along_x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -592,14 +601,16 @@ def line_search(args, policy, step, old, batch, case, c):
     return moved(share), judge(args, moved(share), old, batch, case, c)[1] | {"losses/step": share}
 
 
-def descend(args, networks, states, grads, pace):
-    """One step of every network that has a gradient, the policy's times `pace` -> networks, optimiser states."""
-    networks, states = dict(networks), dict(states)
-    for name, grad in grads.items():
-        step, states[name] = optimizer(args).update(grad, states[name])
-        scale = pace if name == "policy" else 1.0
-        networks[name] = jax.tree.map(lambda x, change: x + scale * change, networks[name], step)
-    return networks, states
+def fit(args, loss, network, state, parts, pace):
+    """A pass of one network over minibatches (N // B, B, ...), with a step of Adam, times `pace`, for each of them
+    -> network, optimizer state, metrics averaged over them."""
+    def step(carry, part):
+        grad, metrics = jax.grad(loss, has_aux=True)(carry[0], args, part)
+        change, state = optimizer(args).update(grad, carry[1])
+        return (jax.tree.map(lambda x, by: x + pace * by, carry[0], change), state), metrics
+
+    (network, state), metrics = jax.lax.scan(step, (network, state), parts)
+    return network, state, jax.tree.map(jnp.mean, metrics)
 
 
 def policy_step(args, policy, batch, c):
@@ -615,20 +626,28 @@ def policy_step(args, policy, batch, c):
     return policy, metrics | {"lagrangian/case": case, "lagrangian/nu": nu}
 
 
+def one_pass(args, networks, states, batch, key, pace):
+    """A pass of all networks that have a loss over the same minibatches, the policy's steps times `pace` -> networks,
+    optimizer states, metrics. Each has a scan of its own: a CPU with several cores runs these at the same time."""
+    parts, networks, states, metrics = minibatches(args, batch, key), dict(networks), dict(states), {}
+    for name, loss in LOSSES.items():
+        networks[name], states[name], told = fit(
+            args, loss, networks[name], states[name], parts, pace if name == "policy" else 1.0)
+        metrics |= told
+    return networks, states, metrics
+
+
 def improve(args, agent, batch, c, key):
-    """One step of the policy, then passes of the critics over the batch -> networks, optimiser states, metrics."""
+    """One step of the policy, then passes of the critics over the batch -> networks, optimizer states, metrics."""
     policy, metrics = policy_step(args, agent.networks["policy"], batch, c)
-    critics = {name: agent.networks[name] for name in agent.optimizers}
 
-    def step(trained, minibatch):
-        grads, metrics = jax.grad(total_loss, has_aux=True)(trained[0], args, minibatch)
-        return descend(args, *trained, grads, 1.0), metrics
+    def again(trained, key):
+        *trained, metrics = one_pass(args, *trained, batch, key, 1.0)
+        return tuple(trained), metrics
 
-    def one_pass(trained, key):
-        return jax.lax.scan(step, trained, minibatches(args, batch, key))
-
-    (critics, states), each = jax.lax.scan(one_pass, (critics, agent.optimizers), jax.random.split(key, args.epochs))
-    return critics | {"policy": policy}, states, metrics | jax.tree.map(lambda x: jnp.mean(x[-1]), each)
+    start = agent.networks | {"policy": policy}, agent.optimizers
+    (networks, states), each = jax.lax.scan(again, start, jax.random.split(key, args.epochs))
+    return networks, states, metrics | jax.tree.map(lambda x: x[-1], each)
 
 
 def update(args, agent, rows, key):

@@ -509,6 +509,18 @@ def critic_loss(critic, args, obs, target):
     return jnp.mean((value(critic, obs) - target) ** 2) + args.critic_l2 * squares
 
 
+def value_loss(critic, args, batch):
+    """V on the reward's returns -> loss, metrics."""
+    loss = critic_loss(critic, args, batch.obs, batch.target)
+    return loss, {"losses/value": loss}
+
+
+def cost_value_loss(critic, args, batch):
+    """V_c on the cost's returns -> loss, metrics."""
+    loss = critic_loss(critic, args, batch.obs, batch.cost_target)
+    return loss, {"losses/cost_value": loss}
+
+
 def balanced(batch, multiplier):
     """The batch with the advantage of reward and cost together, (A - lambda A_c) / (1 + lambda)."""
     return batch._replace(advantage=(batch.advantage - multiplier * batch.cost_advantage) / (1.0 + multiplier))
@@ -521,12 +533,13 @@ def surrogate(policy, args, batch):
     return jnp.mean(jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)), jnp.mean(ratio != clipped)
 
 
-def total_loss(networks, args, batch):
-    """The three networks' losses in one number, for one gradient -> sum, metrics."""
-    raised, clipped = surrogate(networks["policy"], args, batch)
-    losses = {"losses/policy": -raised, "losses/value": critic_loss(networks["value"], args, batch.obs, batch.target),
-              "losses/cost_value": critic_loss(networks["cost_value"], args, batch.obs, batch.cost_target)}
-    return sum(losses.values()), losses | {"losses/clip_fraction": clipped}
+def policy_loss(policy, args, batch):
+    """Minus what the policy raises -> loss, metrics."""
+    raised, clipped = surrogate(policy, args, batch)
+    return -raised, {"losses/policy": -raised, "losses/clip_fraction": clipped}
+
+
+LOSSES = {"policy": policy_loss, "value": value_loss, "cost_value": cost_value_loss}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -560,39 +573,47 @@ def optimizer(args):
     return optax.flatten(optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.learning_rate)))
 
 
-def descend(args, networks, states, grads, pace):
-    """One step of every network that has a gradient, the policy's times `pace` -> networks, optimiser states."""
-    networks, states = dict(networks), dict(states)
-    for name, grad in grads.items():
-        step, states[name] = optimizer(args).update(grad, states[name])
-        scale = pace if name == "policy" else 1.0
-        networks[name] = jax.tree.map(lambda x, change: x + scale * change, networks[name], step)
-    return networks, states
+def fit(args, loss, network, state, parts, pace):
+    """A pass of one network over minibatches (N // B, B, ...), with a step of Adam, times `pace`, for each of them
+    -> network, optimizer state, metrics averaged over them."""
+    def step(carry, part):
+        grad, metrics = jax.grad(loss, has_aux=True)(carry[0], args, part)
+        change, state = optimizer(args).update(grad, carry[1])
+        return (jax.tree.map(lambda x, by: x + pace * by, carry[0], change), state), metrics
+
+    (network, state), metrics = jax.lax.scan(step, (network, state), parts)
+    return network, state, jax.tree.map(jnp.mean, metrics)
+
+
+def one_pass(args, networks, states, batch, key, pace):
+    """A pass of all networks that have a loss over the same minibatches, the policy's steps times `pace` -> networks,
+    optimizer states, metrics. Each has a scan of its own: a CPU with several cores runs these at the same time."""
+    parts, networks, states, metrics = minibatches(args, batch, key), dict(networks), dict(states), {}
+    for name, loss in LOSSES.items():
+        networks[name], states[name], told = fit(
+            args, loss, networks[name], states[name], parts, pace if name == "policy" else 1.0)
+        metrics |= told
+    return networks, states, metrics
 
 
 def improve(args, agent, batch, key):
-    """Passes over the batch until the policy has moved far enough -> networks, optimiser states, the last's metrics."""
+    """Passes over the batch until the policy has moved far enough -> networks, optimizer states, the last's metrics."""
     pace = jnp.maximum(1.0 - agent.num_updates / max(updates_due(args, args.total_timesteps), 1), 0.0)
     policy = agent.networks["policy"]
     mean = mlp(policy["mean"], batch.obs)
 
-    def step(trained, minibatch):
-        grads, metrics = jax.grad(total_loss, has_aux=True)(trained[0], args, minibatch)
-        return descend(args, *trained, grads, pace), metrics
-
-    def one_pass(carry):
-        trained, metrics = carry
+    def again(carry):
+        networks, states, metrics = carry
         passes = metrics["losses/epochs"]
-        trained, each = jax.lax.scan(step, trained, minibatches(args, batch, jax.random.fold_in(key, passes)))
-        kl = divergence(trained[0]["policy"], mean, policy["log_std"], batch.obs)
-        return trained, jax.tree.map(jnp.mean, each) | {"losses/kl": kl, "losses/epochs": passes + 1}
+        networks, states, metrics = one_pass(args, networks, states, batch, jax.random.fold_in(key, passes), pace)
+        kl = divergence(networks["policy"], mean, policy["log_std"], batch.obs)
+        return networks, states, metrics | {"losses/kl": kl, "losses/epochs": passes + 1}
 
     names = "policy", "value", "cost_value", "clip_fraction", "kl"
     metrics = {f"losses/{name}": jnp.float32(0.0) for name in names} | {"losses/epochs": jnp.int32(0)}
-    (networks, states), metrics = jax.lax.while_loop(
-        lambda carry: (carry[1]["losses/epochs"] < args.epochs) & (carry[1]["losses/kl"] <= args.target_kl),
-        one_pass, ((agent.networks, agent.optimizers), metrics))
-    return networks, states, metrics
+    return jax.lax.while_loop(
+        lambda carry: (carry[2]["losses/epochs"] < args.epochs) & (carry[2]["losses/kl"] <= args.target_kl),
+        again, (agent.networks, agent.optimizers, metrics))
 
 
 def update(args, agent, rows, key):

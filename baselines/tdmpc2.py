@@ -46,7 +46,7 @@ Differs from spowl_continuous.py in
     changed: PRESETS, rules, init_model - without what is not there
     changed: policy_sample, policy_loss - the entropy of the Gaussian before tanh, no constraint
     changed: evaluate_plans, select_elites, plan - returns alone: the elites are the k of highest J
-    changed: decide, init_actor, act - executes the plan's action
+    changed: decide, init_actor - executes the plan's action
     changed: td_targets, world_model_loss, AgentState, init_agent, update - no cost heads, no multiplier
     changed: critic_metrics - there are none
     removed: cost_bins, cost_two_hot, cost_read_out, free_of_cost, cost_heads - no costs are predicted
@@ -636,7 +636,7 @@ def init_actor(args, key, action_dim):
 
 @partial(jax.jit, static_argnames="args", donate_argnames="actor")
 def act(args, agent, actor, obs, is_first, explore):
-    """The plans of all environments at once: obs (E, O), is_first (E,) -> action (E, A) in [-1, 1], next actor.
+    """Algorithm 2 for all environments at once: obs (E, O), is_first (E,) -> action (E, A) in [-1, 1], next actor.
 
     `is_first` marks the environments that were just reset; without `explore` no noise is added."""
     keys = jax.random.split(jax.random.fold_in(actor.key, actor.step), obs.shape[0])

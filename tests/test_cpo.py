@@ -337,13 +337,19 @@ def test_an_update_does_all_of_it_in_order():
         *map(jax.tree.leaves, (one, other)), strict=True))
     assert close(after.networks["policy"], policy) and not close(policy, agent.networks["policy"])
     assert set(told) <= set(metrics) and int(after.num_updates) == 1 and after.stats.count == 50 + E * T
-    critics, states = {name: agent.networks[name] for name in ("value", "cost_value")}, agent.optimizers
+    critics, states = {name: agent.networks[name] for name in ("value", "cost_value")}, dict(agent.optimizers)
     losses = lambda critics, minibatch: sum(
         jnp.mean((cpo.value(critics[name], minibatch[0]) - minibatch[column]) ** 2)
         + 0.001 * sum(jnp.sum(x**2) for x in jax.tree.leaves(critics[name]))
         for name, column in (("value", 5), ("cost_value", 6)))
-    step = jax.jit(lambda critics, states, minibatch: cpo.descend(
-        args, critics, states, jax.grad(losses)(critics, minibatch), 1.0))
+
+    @jax.jit
+    def step(critics, states, minibatch):
+        steps, grads = {}, jax.grad(losses)(critics, minibatch)
+        for name in critics:
+            steps[name], states[name] = cpo.optimizer(args).update(grads[name], states[name])
+        return jax.tree.map(jnp.add, critics, steps), states
+
     for key in jax.random.split(jax.random.key(4), args.epochs):
         for minibatch in zip(*cpo.minibatches(args, batch, key)):
             critics, states = step(critics, states, minibatch)

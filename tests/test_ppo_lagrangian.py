@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -362,40 +363,58 @@ def test_advantages_are_mixed_by_the_multiplier():
 
 
 def test_losses_against_numpy():
-    """Squared error of V on the reward's returns, of V_c on the cost's, each plus 0.3 times its squared parameters."""
+    """Squared error of V on the reward's returns, of V_c on the cost's, each plus 0.3 times its squared parameters; for
+    the policy minus the surrogate."""
     agent, batch = one_batch()
     args = small_args(critic_l2=0.3)
-    total, metrics = ppo.total_loss(agent.networks, args, batch)
-    expected = {"losses/policy": -float(ppo.surrogate(agent.networks["policy"], args, batch)[0])}
+    raised, clipped = map(float, ppo.surrogate(agent.networks["policy"], args, batch))
+    expected = {"policy": {"losses/policy": -raised, "losses/clip_fraction": clipped}}
     for name, target in (("value", batch.target), ("cost_value", batch.cost_target)):
         error = np.mean((np_mlp(agent.networks[name], np.asarray(batch.obs))[:, 0] - np.asarray(target)) ** 2)
         squares = sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(agent.networks[name]))
-        expected[f"losses/{name}"] = error + 0.3 * squares
-    for name, value in expected.items():
-        assert float(metrics[name]) == pytest.approx(value, rel=1e-4)
-    assert float(total) == pytest.approx(sum(expected.values()), rel=1e-4)
+        expected[name] = {f"losses/{name}": error + 0.3 * squares}
+    assert ppo.LOSSES.keys() == expected.keys()
+    for name, metrics in expected.items():
+        loss, told = ppo.LOSSES[name](agent.networks[name], args, batch)
+        assert float(loss) == pytest.approx(metrics[f"losses/{name}"], rel=1e-4)
+        assert {tag: float(value) for tag, value in told.items()} == pytest.approx(metrics, rel=1e-4)
 
 
-def test_every_network_takes_adams_step_under_its_own_norm():
-    """Two steps in NumPy: each gradient clipped to norm 0.5 on its own, the policy's step at a quarter."""
-    agent, rng = random_agent(), np.random.default_rng(6)
-    args = small_args(grad_clip=0.5, learning_rate=0.01)
-    size = {"policy": 10.0, "value": 0.001, "cost_value": 3.0}  # one is not clipped
-    networks, states = agent.networks, agent.optimizers
+@pytest.mark.parametrize("size, pace", [(10.0, 0.25), (0.001, 1.0), (3.0, 1.0)])
+def test_a_pass_takes_adams_step_for_every_minibatch(size, pace):
+    """Three minibatches in NumPy: gradients clipped to norm 0.5 where they are longer, steps times `pace`; metrics are
+    means over them."""
+    rng, args = np.random.default_rng(6), small_args(grad_clip=0.5, learning_rate=0.01)
+    network = random_agent().networks["value"]
+    grads = jax.tree.map(lambda x: jnp.asarray(size * rng.normal(size=(3, *x.shape)), jnp.float32), network)
+    along = lambda network, args, grad: (optax.tree.vdot(grad, network), {"first": grad[0]["b"][0]})
+    after, state, metrics = ppo.fit(args, along, network, ppo.optimizer(args).init(network), grads, pace)
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
-    first, second = ({name: 0.0 for name in size} for _ in range(2))
-    for t in (1, 2):
-        draw = lambda x, scale: jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32)
-        grads = {name: jax.tree.map(partial(draw, scale=size[name]), networks[name]) for name in size}
-        before = networks
-        networks, states = ppo.descend(args, networks, states, grads, 0.25)
-        for name in size:
-            grad = flat(grads[name])
-            grad = grad * min(1.0, 0.5 / np.linalg.norm(grad))
-            first[name], second[name] = 0.9 * first[name] + 0.1 * grad, 0.999 * second[name] + 0.001 * grad**2
-            step = first[name] / (1 - 0.9**t) / (np.sqrt(second[name] / (1 - 0.999**t)) + 1e-8)
-            expected = flat(before[name]) - 0.01 * (0.25 if name == "policy" else 1.0) * step
-            np.testing.assert_allclose(flat(networks[name]), expected, atol=2e-6)
+    first, second, expected = 0.0, 0.0, flat(network)
+    for t in (1, 2, 3):
+        grad = flat(jax.tree.map(lambda x: x[t - 1], grads))
+        grad = grad * min(1.0, 0.5 / np.linalg.norm(grad))
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        expected -= 0.01 * pace * first / (1 - 0.9**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(flat(after), expected, atol=2e-6)
+    assert float(metrics["first"]) == pytest.approx(float(grads[0]["b"][:, 0].mean()), rel=1e-5)
+    assert (np.linalg.norm(grad) < 0.49) == (size == 0.001)  # that one is not clipped
+
+
+def test_all_networks_learn_from_the_same_minibatches():
+    """`one_pass` is `fit` for each of them, the policy's steps at a quarter; a state for each."""
+    agent, batch = one_batch()
+    key, args = jax.random.key(2), small_args(learning_rate=0.01)
+    networks, states, metrics = ppo.one_pass(args, agent.networks, agent.optimizers, batch, jax.random.clone(key), 0.25)
+    parts, told = ppo.minibatches(args, batch, key), {}
+    for name in agent.networks:
+        network, state, each = ppo.fit(args, ppo.LOSSES[name], agent.networks[name], agent.optimizers[name], parts,
+                                       0.25 if name == "policy" else 1.0)
+        assert leaves_equal((network, state), (networks[name], states[name]))
+        assert not leaves_equal(network, agent.networks[name])
+        told |= each
+    assert metrics == told
+    assert set(told) == {f"losses/{name}" for name in ("policy", "clip_fraction", "value", "cost_value")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_an_untrue_list_is_reported(path):
     claim = lambda kind, name: drift(full, variant, listed | {kind: listed[kind] | {name}})
     assert claim("changed", "write_csv") == ["write_csv is listed as changed but is the same"]
     assert claim("changed", "nowhere") == ["nowhere is listed as changed but does not exist in both"]
-    assert claim("flags", "gamma") == ["Args.gamma is listed but is the same"]
+    assert claim("flags", "env_id") == ["Args.env_id is listed but is the same"]
     assert claim("removed", "write_csv") == ["write_csv is listed as removed"]
     assert claim("added", "write_csv") == ["write_csv is listed as added"]
     for kind, names in listed.items():
