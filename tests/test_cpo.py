@@ -351,8 +351,11 @@ def test_an_update_does_all_of_it_in_order():
         return jax.tree.map(jnp.add, critics, steps), states
 
     for key in jax.random.split(jax.random.key(4), args.epochs):
+        values = []  # of the last pass
         for minibatch in zip(*cpo.minibatches(args, batch, key)):
+            values.append(float(cpo.critic_loss(critics["value"], args, minibatch[0], minibatch[5])))
             critics, states = step(critics, states, minibatch)
+    assert float(metrics["losses/value"]) == pytest.approx(np.mean(values), rel=1e-4)
     assert close({name: after.networks[name] for name in critics}, critics) and close(after.optimizers, states)
 
 
