@@ -1600,7 +1600,7 @@ def learn(args, envs, eval_envs, sizes, stopping):
             step = run.progress.step
             values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
             run = report(logs, bar, run, values)
-            if step == args.total_timesteps or args.eval_every and step % args.eval_every == 0:
+            if step >= args.total_timesteps or args.eval_every and step % args.eval_every == 0:
                 show(bar, "evaluating")
                 try:
                     episodes, frames = evaluate(args, run.agent, eval_envs, args.eval_episodes, stopping)

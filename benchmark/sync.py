@@ -108,7 +108,7 @@ def synced(full, variant):
         text, skipped = text + (skipped or above) + body, ""
         for added, heading, definition, _ in ours:  # what is its own follows the same definition as now
             if added in listed["added"] and name == names[names.index(added) - 1]:
-                text += heading + definition
+                text, name = text + heading + definition, added  # and may be followed by more of its own
     return text
 
 

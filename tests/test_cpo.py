@@ -450,9 +450,11 @@ def test_a_real_run(straight):
     check_run(*straight, ["losses/step", "losses/cost_policy", "lagrangian/case", "lagrangian/nu"])
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_to_the_same_end(place, straight):
     check_resumed(place, SCRIPT, straight[0])
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_again(place, straight):
     check_evaluated(place, SCRIPT, straight[0])

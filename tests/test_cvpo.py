@@ -812,6 +812,7 @@ def test_a_small_run(small_run):
     assert {tag for tag in logged if f"`{tag}`" not in page} == set()
 
 
+@pytest.mark.long
 def test_evaluation_plays_the_same_episodes_again(small_run, place):
     run(place, "--evaluate", small_run.dir, script=SCRIPT, **QUICK)
     again, last = rows_of(small_run.dir / "evaluation.csv"), rows_of(small_run.dir / "episodes.csv")[-2:]

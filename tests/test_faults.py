@@ -152,6 +152,15 @@ def test_a_run_that_fails_again_and_again_is_saved_and_can_go_on(learn, tmp_path
         learn(resume=str(directory))
 
 
+def test_a_run_whose_last_agent_step_is_cut_short_is_evaluated_and_saved(learn, tmp_path):
+    """95 steps are no multiple of the 10 that an agent step of all takes: the run ends after 100."""
+    assert len(learn(total_timesteps=95, runs_dir=str(tmp_path))) == 2
+    (directory,) = tmp_path.iterdir()
+    assert checkpoint(directory)[0]["completed"] == 100
+    rows = rows_of(directory / "episodes.csv")
+    assert [row["step"] for row in rows if row["split"] == "eval"] == ["50"] * 2 + ["100"] * 2
+
+
 def test_failures_count_anew_in_every_cycle(learn, tmp_path):
     """Six in each, and six in each evaluation, are no reason to stop, though ten would be."""
     lives = lambda later: [[Scripted(22, fails_after=0) for _ in range(6)] + [Scripted(22, fails_after=later)] + [

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("spowl_*.py"))
-FOLDERS = [ROOT / name for name in ("ablations", "benchmark", "tests")]
+FOLDERS = [ROOT / name for name in ("ablations", "baselines", "benchmark", "tests")]
 SOURCES = SCRIPTS + [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))]
 PYTHONS = ("3.11", "3.12", "3.13")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "safety_gymnasium": "safety-gymnasium"}

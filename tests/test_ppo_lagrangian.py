@@ -735,5 +735,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(place, straight):
     check_resumed(place, SCRIPT, straight[0])
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_again(place, straight):
     check_evaluated(place, SCRIPT, straight[0])
