@@ -9,6 +9,7 @@ raise the share of the ceiling. Times are medians."""
 
 import csv
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -264,7 +265,7 @@ def measure_on_policy(env_id, count=3):
     args = ppo_lagrangian.Args(env_id=env_id)
     step, alone = measure_env_step(args)
     envs, *sizes = ppo_lagrangian.start_envs(args, 0, args.num_envs, start_method="spawn")
-    seconds, bar = [], tqdm(disable=True)
+    seconds, bar = [], tqdm(file=io.StringIO())
     try:
         run = ppo_lagrangian.begin(args, envs, sizes)
         for _ in range(count + 1):
