@@ -4,28 +4,27 @@
 """
 import ast
 import difflib
-import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = ROOT / "spowl_continuous.py"
-PAIRS = {ROOT / name: FULL for name in ("spowl_plan_only.py", "spowl_policy_only.py", "spowl_fixed_threshold.py",
-                                        "ablations/spowl_decoder.py", "baselines/tdmpc2.py")}
-PAIRS[ROOT / "baselines" / "cpo.py"] = ROOT / "baselines" / "ppo_lagrangian.py"
+sys.path.insert(0, str(ROOT))
+
+from benchmark.sync import VARIANTS, relation
+
 INTRODUCTION = """# The variants as diffs
 
 What `diff SCRIPT VARIANT` shows, SCRIPT the one that it is a variant of, after the module's docstring. `@@` names the
-definition a change lies in; a definition that is removed whole is shown by its first line. Written by `python benchmark/diffs.py`; a test compares
-this page with the scripts.
+definition a change lies in; a definition that is removed whole is shown by its first line. Written by
+`python benchmark/diffs.py`; a test compares this page with the scripts.
 """
 DEFINITION = ("def ", "class ", "@")
 
 
-def split(path):
-    """A script's docstring and the lines that follow it."""
+def after_docstring(path):
+    """The lines that follow a script's docstring."""
     source = path.read_text()
-    tree = ast.parse(source)
-    return ast.get_docstring(tree), source.splitlines()[tree.body[0].end_lineno:]
+    return source.splitlines()[ast.parse(source).body[0].end_lineno:]
 
 
 def hunks(full, variant):
@@ -47,15 +46,15 @@ def hunks(full, variant):
 def page():
     """The text of diffs.md."""
     parts = [INTRODUCTION]
-    for path, other in PAIRS.items():
-        (_, full), (docstring, variant), lines = split(other), split(path), other.read_text().splitlines()
-        name, differs = re.search(r"Differs from (\S+) in\n((?: {4}.*\n?)+)", docstring).groups()
+    for path in sorted(VARIANTS, key=lambda path: (len(path.parts), path)):  # those of the top level first
+        _, other, differs = relation(path.read_text())
+        lines, name = other.read_text().splitlines(), other.relative_to(ROOT)
         every = list(difflib.unified_diff(lines, path.read_text().splitlines(), n=0))[2:]
         removed, added = (sum(line.startswith(sign) for line in every) for sign in "-+")
         left = len(lines) - removed + added
         parts.append(f"## {path.relative_to(ROOT)}\n\n{left} lines: {removed} of the {len(lines)} of {name} removed or "
-                     f"replaced, {added} of its own.\n\n```\n{differs.rstrip()}\n```\n\n```diff\n"
-                     + "\n".join(hunks(full, variant)) + "\n```\n")
+                     f"replaced, {added} of its own.\n\n```\n{differs}\n```\n\n```diff\n"
+                     + "\n".join(hunks(after_docstring(other), after_docstring(path))) + "\n```\n")
     return "\n".join(parts)
 
 

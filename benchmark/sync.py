@@ -21,7 +21,7 @@ SURROUND = "# From here on, what surrounds the method"
 def relation(source):
     """How a script is related to which other one, and the lines that say in what: "Differs from" or "Shares with"."""
     found = re.search(r"(Differs from|Shares with) (\S+\.py).*\n((?: {4}.*\n?)+)", ast.get_docstring(ast.parse(source)))
-    return found and (found[1], ROOT / found[2], found[3].rstrip())
+    return (found[1], ROOT / found[2], found[3].rstrip()) if found else (None, None, "")
 
 
 def scripts(how):

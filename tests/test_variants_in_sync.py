@@ -104,6 +104,7 @@ def test_another_method_has_the_same_around_it(path):
     assert {name for name in method if not name.startswith("Args.")} == claims(other)["same"]
     assert sync.surrounded(full, other) == other
     changed = full.replace("MAX_FAILURES = 10", "MAX_FAILURES = 11").replace("INT\", whole", "INT\", float")
+    assert changed.count("MAX_FAILURES = 11") == changed.count("INT\", float") == 1
     assert sync.surrounded(changed, other) == other.replace("MAX_FAILURES = 10", "MAX_FAILURES = 11").replace(
         "INT\", whole", "INT\", float")
 
