@@ -120,7 +120,8 @@ def imports(source):
 
 def surrounded(full, other):
     """Another method's source with the full agent's imports, listed definitions and surroundings of the method."""
-    shared = {name: text for name, _, text, _ in segments(full) if name in claims(other)["same"]}
+    same = claims(other)["same"]
+    shared = {name: text for name, _, text, _ in segments(full) if name in same}
     method = other[:other.index(SURROUND)].replace(imports(other), imports(full), 1)
     for name, _, text, _ in segments(method):
         if name in shared:
