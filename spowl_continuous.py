@@ -147,8 +147,9 @@ class Protocol:
     """simulator steps between two blocks of updates"""
     updates_per_step: Positive = 1.0
     """updates per agent step collected"""
-    obs_transform: Literal["raw", "log"] = "raw"
-    """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
+    obs_transform: Literal["raw", "log", "bins"] = "raw"
+    """observations as the networks see them: raw; log, which stretches the near end of a lidar (see transform_obs); or
+    bins, which besides gives the encoder each entry as weights on bins (see spread_obs)"""
     env_timeout: Positive = 60.0
     """seconds after which an environment's process that gives no answer counts as dead"""
     eval_every: Natural = 50_000
@@ -290,7 +291,7 @@ GROUPS = (Experiment, Protocol, WorldModel, SafePolicy, Planning)
 PRESETS = {
     "paper": {},
     "laptop": dict(
-        total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="log",
+        total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="bins",
         latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, num_qc=3, num_c=3, lagrangian_heads=3,
         batch_size=128, cost_read_out="expectation", cost_gamma=0.95, lambda_max=0.2, mu_init=4.8e-8, mu_growth=5e-6,
         plan_horizon=6, num_samples=128, num_pi_trajs=12, num_elites=16, iterations=4),
@@ -348,13 +349,28 @@ def symexp(x):
 
 
 def transform_obs(obs, low, high):
-    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see unless --obs-transform is raw.
 
     Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
     gets half of the scale. Unbounded entries become symlog(x); others stay."""
     near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
     unbounded = np.sign(obs) * np.log1p(np.abs(obs))
     return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
+
+
+OBS_BINS = np.linspace(0.0, 4.0, 8)  # a lidar's range under --obs-transform log
+
+
+def spread_obs(args, obs):
+    """(..., O) -> what the encoder gets: (..., O), or under --obs-transform bins (..., 9 O), where the entries are
+    followed by each one's weights on its two neighbouring bins.
+
+    What begins at a distance is linear in these; from the one number a small network learns it far more slowly."""
+    if args.obs_transform != "bins":
+        return obs
+    position = jnp.clip(obs, OBS_BINS[0], OBS_BINS[-1]) / OBS_BINS[1]
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(OBS_BINS.size)))
+    return jnp.concatenate([obs, weights.reshape(*obs.shape[:-1], -1)], -1)
 
 
 def two_hot(x, num_bins, limit):
@@ -506,8 +522,9 @@ def init_model(args, key, obs_dim, action_dim):
     key_h, key_f, key_r, key_c, key_q, key_qc = jax.random.split(key, 6)
     head = partial(init_mlp, sizes=(args.latent_dim, args.mlp_dim, args.mlp_dim, args.num_bins), action_dim=action_dim,
                    zero_last=True)
+    spread_dim = jax.eval_shape(partial(spread_obs, args), jnp.zeros(obs_dim)).size
     return {
-        "encoder": init_mlp(key_h, (obs_dim, args.enc_dim, args.latent_dim), norm_last=True),
+        "encoder": init_mlp(key_h, (spread_dim, args.enc_dim, args.latent_dim), norm_last=True),
         "dynamics": init_mlp(key_f, (args.latent_dim, args.mlp_dim, args.mlp_dim, args.latent_dim), action_dim,
                              norm_last=True),
         "reward": head(key_r),
@@ -533,7 +550,7 @@ def init_policy(args, key, action_dim):
 
 def encode(args, model, obs):
     """(..., O) -> (..., Z): z = h(s)."""
-    return latent_mlp(args, model["encoder"], obs)
+    return latent_mlp(args, model["encoder"], spread_obs(args, obs))
 
 
 def next_latent(args, model, z, action):
@@ -1102,7 +1119,7 @@ def env_worker(pipe, args, stream, indices, drawn):
 
     def see(env, obs):
         low, high = env.observation_space.low, env.observation_space.high
-        return np.asarray(transform_obs(obs, low, high) if args.obs_transform == "log" else obs, np.float32)
+        return np.asarray(transform_obs(obs, low, high) if args.obs_transform != "raw" else obs, np.float32)
 
     def reset(index, episode):
         obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))

@@ -253,7 +253,7 @@ def rules(args):
 # Observations and networks: an MLP is a tuple of layers, each a dict of arrays
 # ----------------------------------------------------------------------------------------------------------------------
 def transform_obs(obs, low, high):
-    """(..., O) and the bounds (O,) of the observation space -> what the networks see under --obs-transform log.
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see unless --obs-transform is raw.
 
     Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
     gets half of the scale. Unbounded entries become symlog(x); others stay."""
@@ -813,7 +813,7 @@ def env_worker(pipe, args, stream, indices, drawn):
 
     def see(env, obs):
         low, high = env.observation_space.low, env.observation_space.high
-        return np.asarray(transform_obs(obs, low, high) if args.obs_transform == "log" else obs, np.float32)
+        return np.asarray(transform_obs(obs, low, high) if args.obs_transform != "raw" else obs, np.float32)
 
     def reset(index, episode):
         obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_agent, small_args
+from conftest import float64, np_layer_norm, np_mlp, np_simnorm, random_agent, small_args
 from hypothesis import given
 from hypothesis import strategies as st
 
 import spowl_continuous as spowl
 from spowl_continuous import (PRESETS, Args, Transition, auc, augmented_lagrangian, cost_bins, cost_heads,
                               cost_read_out, cost_to_go, cost_two_hot, critic_metrics, cross_entropy, encode,
-                              init_actor, init_agent, pace, parse_args, problems, transform_obs, two_hot, update_many)
+                              init_actor, init_agent, pace, parse_args, problems, spread_obs, transform_obs, two_hot,
+                              update_many)
 
 EXPECTATION = small_args(cost_read_out="expectation", cost_gamma=0.95, num_bins=101)
 
@@ -59,7 +60,7 @@ def test_lidar_and_sensors_of_a_task_are_told_apart():
 def test_environments_answer_with_transformed_observations():
     """Both what is acted on and what a step led to, the transform of what a raw environment answers."""
     space, seen = spowl.import_safety_gymnasium().make("SafetyPointGoal1-v0").observation_space, {}
-    for how in ("raw", "log"):
+    for how in ("raw", "log", "bins"):
         envs, *_ = spowl.start_envs(small_args(num_envs=1, obs_transform=how), 0, 1, start_method="spawn")
         try:
             first = spowl.reset_envs(envs, [0])
@@ -68,7 +69,51 @@ def test_environments_answer_with_transformed_observations():
             spowl.close_envs(envs)
         seen[how] = np.stack([first, row.obs, row.next_obs, obs])
     np.testing.assert_allclose(seen["log"], transform_obs(seen["raw"], space.low, space.high), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(seen["bins"], seen["log"])
     assert np.array_equal(seen["raw"][0], seen["raw"][1]) and not np.array_equal(seen["raw"][1], seen["raw"][2])
+
+
+BINS = small_args(obs_transform="bins")
+
+
+def test_spread_by_hand():
+    """The entries first, then eight weights of each, on bins 4/7 apart; outside the nearest end counts."""
+    spread = spread_obs(BINS, jnp.array([[1 / 7, 24 / 7], [-7.0, 99.0]]))
+    np.testing.assert_allclose(spread, [[1 / 7, 24 / 7, 0.75, 0.25, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+                                        [-7.0, 99.0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["raw", "log"])
+def test_nothing_is_spread_unless_asked(how):
+    obs = jnp.ones((3, 2))
+    assert spread_obs(small_args(obs_transform=how), obs) is obs
+
+
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=5))
+def test_spread_keeps_the_number(obs):
+    """The weights of an entry sum to 1, at most two are not 0, and their mean bin is the entry, clipped."""
+    spread = np.asarray(spread_obs(BINS, jnp.array(obs, jnp.float32)))
+    weights = spread[len(obs):].reshape(len(obs), 8)
+    assert weights.min() >= 0 and ((weights > 0).sum(-1) <= 2).all()
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(weights @ np.linspace(0.0, 4.0, 8), np.clip(obs, 0.0, 4.0), atol=1e-5)
+    np.testing.assert_array_equal(spread[:len(obs)], np.array(obs, np.float32))
+
+
+def test_spread_holds_a_lidars_whole_range():
+    """Nothing seen and a hazard at distance 0 are at, or within a hundredth of, the first and the last bin."""
+    far, near = transform_obs(np.array([0.0, 1.0]), np.zeros(2), np.ones(2))
+    assert -0.03 < far <= 0.0 and 3.9 < near < 4.0
+
+
+def test_the_encoder_gets_the_spread_observations():
+    """Against the NumPy networks, which are given what `spread_obs` makes of an observation."""
+    model = random_agent(BINS, 3, 2).model
+    assert model["encoder"][0]["w"].shape == (27, BINS.enc_dim)
+    obs = np.array([[0.4, 2.2, -1.0], [3.9, 0.0, 1.5]], np.float32)
+    out, last = np_mlp(model["encoder"], np.asarray(spread_obs(BINS, obs))), float64(model["encoder"][-1])
+    expected = np_simnorm(np_layer_norm(out, last["scale"], last["shift"]), BINS.simnorm_dim)
+    np.testing.assert_allclose(encode(BINS, model, obs), expected, rtol=2e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
