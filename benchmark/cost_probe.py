@@ -1,12 +1,13 @@
 """Can the costs be learned? Train on the fixed replay buffer of a run, ask about the environments that were left out.
 
-    python benchmark/cost_probe.py RUN --variants "raw" "log: --obs-transform log" --csv costs.csv
+    python benchmark/cost_probe.py RUN --variants "log: --obs-transform log" bins --csv costs.csv
 
 Minutes where a training run takes an hour. RUN is a run directory of spowl_continuous.py; the agents are trained from
 scratch on all but two of its environments by the script's own updates, with the run's flags and on top of them those of
 the variant. For each, by number of updates, on the two others: AUC of the one-step cost heads for "this agent step
-costs", correlation of Qc with the discounted cost that followed, and the means of both. A variant whose label begins
-with "supervised" is the ceiling: a plain MLP that is told nothing but observation, action and whether the step cost."""
+costs", and the same among the steps that begin outside a hazard, where the agent can still turn away; correlation of Qc
+with the discounted cost that followed, and the means of both. A variant whose label begins with "supervised" is the
+ceiling: a plain MLP that is told nothing but observation, action and whether the step cost."""
 
 import csv
 import json
@@ -27,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import spowl_continuous as spowl
 
-COLUMNS = ("variant", "updates", "cost_auc", "qc_correlation", "qc_read", "qc_followed", "seconds")
+COLUMNS = ("variant", "updates", "cost_auc", "entry_auc", "qc_correlation", "qc_read", "qc_followed", "seconds")
 
 
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[Path]
     """run directory whose newest checkpoint holds the buffer"""
-    variants: tuple[str, ...] = ("raw", "log: --obs-transform log")
+    variants: tuple[str, ...] = ("log: --obs-transform log", "bins: --obs-transform bins")
     """label, or label: flags of spowl_continuous.py"""
     updates: int = 6_000
     """updates per variant"""
@@ -66,7 +67,7 @@ def load_rows(run, max_steps=None):
 
 def transformed(rows, stored, args):
     """The same transitions with observations as an agent with these flags sees them, from the way they are stored."""
-    if args.obs_transform == stored:
+    if (args.obs_transform == "raw") == (stored == "raw"):  # bins are of the encoder, what is stored is the log
         return rows
     if stored != "raw":
         raise SystemExit(f"the run has --obs-transform {stored}: other variants need a run with raw observations")
@@ -75,8 +76,15 @@ def transformed(rows, stored, args):
     return rows._replace(obs=see(rows.obs), next_obs=see(rows.next_obs))
 
 
+def areas(score, rows):
+    """AUC of a score (T, E) for "this agent step costs": of all steps, and of those that begin outside a hazard."""
+    costly = rows.cost > 0
+    inside = np.concatenate([np.zeros_like(costly[:1]), costly[:-1] & (rows.done[:-1] == 0)])
+    return spowl.auc(score.ravel(), costly.ravel()), spowl.auc(score[~inside], costly[~inside])
+
+
 def held_out_reading(args, model, rows):
-    """AUC of the cost heads, correlation of Qc with what followed, and the means of both, on rows (T, E, ...)."""
+    """`areas` of the cost heads, correlation of Qc with what followed, and the means of both, on rows (T, E, ...)."""
     z = spowl.encode(args, model, rows.obs)
     cost, qc = (np.asarray(spowl.cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
     followed = np.zeros_like(qc)
@@ -85,7 +93,7 @@ def held_out_reading(args, model, rows):
             followed[episode, env] = spowl.cost_to_go(
                 rows.cost[episode, env], rows.terminated[episode, env], qc[episode[-1], env], args.cost_gamma)
     correlation = np.corrcoef(qc.ravel(), followed.ravel())[0, 1] if qc.std() > 0 else 0.0
-    return spowl.auc(cost.ravel(), rows.cost.ravel() > 0), correlation, qc.mean(), followed.mean()
+    return *areas(cost, rows), correlation, qc.mean(), followed.mean()
 
 
 def probe(label, args, rows, options):
@@ -104,8 +112,9 @@ def probe(label, args, rows, options):
 
 def supervised(label, args, rows, options):
     """The ceiling: an MLP with two hidden layers learns whether a step costs -> readings of its AUC."""
-    inputs = np.concatenate([rows.obs, rows.action], -1)
+    inputs = np.concatenate([spowl.spread_obs(args, rows.obs), rows.action], -1)
     seen, asked = inputs[:, :-options.held_out], inputs[:, -options.held_out:]
+    asked_rows = jax.tree.map(lambda x: x[:, -options.held_out:], rows)
     mean, spread = seen.mean((0, 1)), seen.std((0, 1)) + 1e-3
     seen, asked = ((x - mean) / spread for x in (seen, asked))
     seen = jnp.asarray(seen.reshape(-1, seen.shape[-1]))
@@ -128,8 +137,7 @@ def supervised(label, args, rows, options):
     for updates in range(options.every, options.updates + 1, options.every):
         state = train(state, jax.random.key(updates), options.every)
         score = np.asarray(spowl.mlp(state[0], jnp.asarray(asked)))[..., 0]
-        area = spowl.auc(score.ravel(), rows.cost[:, -options.held_out:].ravel() > 0)
-        yield [label, updates, round(area, 4), "", "", "", round(time.time() - began)]
+        yield [label, updates, *(round(x, 4) for x in areas(score, asked_rows)), "", "", "", round(time.time() - began)]
 
 
 def main(options):

@@ -47,6 +47,7 @@ def test_rows_are_read_oldest_first(run):
 def test_what_is_stored_transformed_cannot_be_asked_raw(run):
     rows, args = cost_probe.load_rows(run[0])
     assert cost_probe.transformed(rows, "log", args) is rows
+    assert cost_probe.transformed(rows, "log", dataclasses.replace(args, obs_transform="bins")) is rows
     with pytest.raises(SystemExit, match="raw observations"):
         cost_probe.transformed(rows, "log", dataclasses.replace(args, obs_transform="raw"))
 
@@ -68,10 +69,20 @@ def test_reading_by_hand(monkeypatch):
     monkeypatch.setattr(spowl, "cost_heads",
                         lambda args, name, z, action: {"cost": action, "qc": z}[name][None, ..., 0])
     args = small_args(cost_gamma=0.5)
-    area, correlation, read, followed = cost_probe.held_out_reading(args, {"cost": "cost", "qc": "qc"}, rows)
+    area, _, correlation, read, followed = cost_probe.held_out_reading(args, {"cost": "cost", "qc": "qc"}, rows)
     expected = [1 + 0.5 * 5, 5.0, 6.0]  # Qc's own reading where an episode is cut
     assert area == 1.0 and read == 5.0 and followed == pytest.approx(np.mean(expected))
     assert correlation == pytest.approx(np.corrcoef([4, 5, 6], expected)[0, 1])
+
+
+def test_areas_by_hand():
+    """Costs 0 1 1 | 0 1 of one environment, | an episode's end: the third step alone begins inside a hazard."""
+    column = lambda *values: np.array(values, np.float32)[:, None]
+    rows = Transition(*[None] * 3, column(0, 1, 1, 0, 1), None, None, column(0, 0, 1, 0, 0))
+    score = column(0.3, 0.2, 0.9, 0.1, 0.4)  # of six pairs 5 in order; without the third step 3 of four
+    assert cost_probe.areas(score, rows) == (pytest.approx(5 / 6), pytest.approx(3 / 4))
+    ends = rows._replace(done=column(0, 1, 0, 0, 0))  # now the fourth does: scores 0.2, 0.9, 0.4 against 0.3
+    assert cost_probe.areas(score, ends)[1] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("learner", [cost_probe.supervised, cost_probe.probe])
