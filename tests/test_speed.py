@@ -68,6 +68,7 @@ def test_default_sizes_against_an_earlier_count():
     assert speed.plan_flops(args, OBS, ACTIONS) == pytest.approx(1.0e12, rel=0.1)
 
 
+@pytest.mark.long
 def test_every_part_is_measured_written_and_drawn(tmp_path, monkeypatch):
     tiny = SMALL | {"buffer_size": 400, "train_every": 40, "action_repeat": 2, "horizon": 2}
     monkeypatch.setattr(speed, "SIZES", {"recipe": tiny})

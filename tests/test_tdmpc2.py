@@ -180,10 +180,14 @@ def test_nothing_of_costs_is_left():
     assert tdmpc2.critic_metrics(args, None, []) == {}
 
 
-def test_a_small_run(place):
-    """The same files and lines as the full agent's; --evaluate plays the same episodes again, --resume goes on."""
+@pytest.fixture(scope="module")
+def made(place):
     pairs = [(flag, value) for flag, value in zip(POINT[::2], POINT[1::2]) if flag[2:].replace("-", "_") in FLAGS]
-    made = train(place, *(word for pair in pairs for word in pair), script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    return train(place, *(word for pair in pairs for word in pair), script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+
+
+def test_a_small_run(made):
+    """The same files and lines as the full agent's."""
     assert re.fullmatch(r"SafetyPointGoal1-v0__tdmpc2__1__\d+", made.dir.name)
     lines = [line for line in made.stdout.splitlines() if SUMMARY.fullmatch(line)]
     assert [line.split(":")[0] for line in lines] == ["step 1,000", "step 2,000", "step 2,500"]
@@ -191,6 +195,11 @@ def test_a_small_run(place):
     assert {"losses/consistency", "planner/elite_return", "eval/episodic_cost", "charts/cost_rate"} <= logged.keys()
     assert not [tag for tag in logged if re.search("lagrangian|critic|losses/cost|threshold|improv", tag)]
     assert {value for tag in ("charts/balance", "eval/balance") for _, value in logged[tag]} == {1.0}
+
+
+@pytest.mark.long
+def test_a_small_run_goes_on(place, made):
+    """--evaluate plays the same episodes again, --resume goes on."""
     run(place, "--evaluate", made.dir, script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
     again, last = rows_of(made.dir / "evaluation.csv"), rows_of(made.dir / "episodes.csv")[-2:]
     assert [{column: row[column] for column in last[0]} for row in again] == last
