@@ -358,7 +358,12 @@ def transform_obs(obs, low, high):
     return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
 
 
-OBS_BINS = np.linspace(0.0, 4.0, 8)  # a lidar's range under --obs-transform log
+def bin_weights(position, num_bins):
+    """(...) -> (..., M): a position from 0 to M - 1 as weights on its two neighbouring bins."""
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
+
+
+OBS_BINS, OBS_LIMIT = 8, 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
 
 
 def spread_obs(args, obs):
@@ -368,15 +373,13 @@ def spread_obs(args, obs):
     What begins at a distance is linear in these; from the one number a small network learns it far more slowly."""
     if args.obs_transform != "bins":
         return obs
-    position = jnp.clip(obs, OBS_BINS[0], OBS_BINS[-1]) / OBS_BINS[1]
-    weights = jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(OBS_BINS.size)))
+    weights = bin_weights(jnp.clip(obs, 0.0, OBS_LIMIT) * ((OBS_BINS - 1) / OBS_LIMIT), OBS_BINS)
     return jnp.concatenate([obs, weights.reshape(*obs.shape[:-1], -1)], -1)
 
 
 def two_hot(x, num_bins, limit):
     """(...) -> (..., M): symlog(x), clipped to the bins' range, as weights on its two neighbouring bins."""
-    position = (jnp.clip(symlog(x), -limit, limit) + limit) * ((num_bins - 1) / (2 * limit))
-    return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
+    return bin_weights((jnp.clip(symlog(x), -limit, limit) + limit) * ((num_bins - 1) / (2 * limit)), num_bins)
 
 
 def read_out(logits, limit):

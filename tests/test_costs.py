@@ -101,9 +101,10 @@ def test_spread_keeps_the_number(obs):
 
 
 def test_spread_holds_a_lidars_whole_range():
-    """Nothing seen and a hazard at distance 0 are at, or within a hundredth of, the first and the last bin."""
-    far, near = transform_obs(np.array([0.0, 1.0]), np.zeros(2), np.ones(2))
-    assert -0.03 < far <= 0.0 and 3.9 < near < 4.0
+    """Nothing seen lies on the first bin, a hazard at distance 0 between the last two, nearer to the last."""
+    ends = transform_obs(np.array([0.0, 1.0]), np.zeros(2), np.ones(2))
+    far, near = np.asarray(spread_obs(BINS, jnp.asarray(ends, jnp.float32)))[2:].reshape(2, 8)
+    assert far[0] == 1.0 and 0.5 < near[-1] < 1.0
 
 
 def test_the_encoder_gets_the_spread_observations():

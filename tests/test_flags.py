@@ -179,7 +179,8 @@ def test_a_buffer_that_cannot_fit_is_refused(refused):
 
 @pytest.mark.parametrize("words, variables, expected", [
     ("", {"MUJOCO_GL": "foo"}, "Safety-Gymnasium cannot be imported: .* MUJOCO_GL: foo"),
-    ("--capture-video", {"MUJOCO_GL": "disable"}, "evaluation environment 0(, 1)? of .*; --capture-video needs EGL or OSMesa"),
+    ("--capture-video", {"MUJOCO_GL": "disable"},
+     "evaluation environment 0(, 1)? of .*; --capture-video needs EGL or OSMesa"),
     ("--env-id SafetyPointGoal1Vision-v0", {}, "SafetyPointGoal1Vision-v0 .*not a flat vector"),
     ("", {"JAX_PLATFORMS": "cuda"}, "JAX finds no device: "),
     ("", {"JAX_PLATFORMS": "toaster"}, "JAX finds no device: .*toaster")],
