@@ -1007,7 +1007,7 @@ COLUMNS = ("split", "step", "environment", "return", "cost", "length")
 @contextlib.contextmanager
 def replacing(path):
     """A file to write to, which takes the place of `path` once it is whole. OSError if there is no room."""
-    beside = path.with_suffix(".tmp")
+    beside = path.with_name(path.stem.partition("_")[0] + ".tmp")  # all checkpoints' is one: a kill leaves no more
     try:
         with open(beside, "wb") as file:
             yield file
@@ -1227,7 +1227,7 @@ def check_env_id(env_id):
     except Exception as error:
         raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
     if env_id not in safe_registry:
-        flat = [name for name in safe_registry if "Vision" not in name]
+        flat = [name for name in safe_registry if "Vision" not in name and "Debug" not in name]
         near = ", ".join(difflib.get_close_matches(env_id, flat)) or "for example SafetyPointGoal1-v0"
         raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
 

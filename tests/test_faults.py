@@ -256,6 +256,22 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_a_killed_writer_leaves_is_gone_with_the_next_checkpoint(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Nothing of the script runs after it, as after SIGKILL."""
+
+    def killed(file, **arrays):
+        file.write(b"x" * 1000)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(np, "savez", killed)
+        spowl.save_checkpoint(tmp_path, tiny_run(100), 0.0)
+    assert len(list(tmp_path.iterdir())) == 1 and not spowl.checkpoints(tmp_path)
+    spowl.save_checkpoint(tmp_path, tiny_run(200), 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_200.npz"]
+
+
 def test_episodes_are_written_whole_or_not_at_all(tmp_path, capsys):
     """A csv for which there is no room keeps its lines, and has the missing ones as soon as there is."""
     path, rows = tmp_path / "episodes.csv", [["train", step, 0, 1.5, 2.0, 1000] for step in range(200)]

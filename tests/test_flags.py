@@ -142,13 +142,14 @@ def refused(monkeypatch):
 
 @pytest.mark.parametrize("env_id", [
     "SafetyPointGoal", "CartPole-v1", "SafetyPointGoal1Gymnasium-v0", "SafetyPointGoal1Vision-v1", "PointGoal1Vision",
-    "SafetyPointGoal1Gymnasium-v1", "SafetyCarGoal1-v9", "SafetyDogoGoal1-v0", "safetyantvelocity-v1", "zzz"])
+    "SafetyPointGoal1Gymnasium-v1", "SafetyCarGoal1-v9", "SafetyDogoGoal1-v0", "safetyantvelocity-v1", "zzz",
+    "SafetyPointGoal1Debug-v1"])
 def test_only_tasks_that_can_be_trained_on_are_offered(refused, env_id):
     """No pictures, no copies with Gymnasium's interface, which have the cost in info; nothing of Gymnasium itself."""
     message = refused("--env-id", env_id)
     assert message.startswith(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean ")
     offered = re.findall(r"Safety\w+-v\d", message.partition(";")[2])
-    assert offered and not any(kind in name for name in offered for kind in ("Vision", "Gymnasium"))
+    assert offered and not any(kind in name for name in offered for kind in ("Vision", "Debug", "Gymnasium"))
     from safety_gymnasium.utils.registration import safe_registry
 
     assert set(offered) <= safe_registry

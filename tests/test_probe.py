@@ -56,6 +56,7 @@ def random_columns(seed, num_rows):
     return rng.uniform(-1, 1, (num_rows, E)), rng.uniform(-1, 1, (num_rows, E))
 
 
+@pytest.mark.long  # test_discounting_over_two_steps shows as much
 def test_constant_reward_with_termination():
     """METHOD §3, Eq. 6: nothing is bootstrapped from a terminated state, so Q = r and Qc = c."""
     states, actions = random_columns(0, 60)
