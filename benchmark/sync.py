@@ -2,7 +2,7 @@
 
 A variant, whose docstring says "Differs from SCRIPT in", shares every definition that it does not list there, the
 imports, the headings, and all of what surrounds the method. Another method, whose docstring says "Shares with SCRIPT",
-shares the definitions listed there, the imports, and all of what surrounds the method.
+shares the definitions listed there, the imports, and what surrounds the method but for the definitions listed as its own.
 
     python benchmark/sync.py            # write
     python benchmark/sync.py --check    # exit status 1 and a list if something would be written
@@ -35,7 +35,7 @@ def scripts(how):
 def claims(source):
     """What a script's docstring lists: {kind: names} from lines such as `changed: act, Actor - why`."""
     how, _, section = relation(source)
-    listed = {kind: set() for kind in (KINDS if how == "Differs from" else ("same",))}
+    listed = {kind: set() for kind in (KINDS if how == "Differs from" else ("same", "own"))}
     for line in re.sub(r"\n {8,}", " ", section).splitlines():
         kind, names, _ = re.fullmatch(r" {4}(\w+): ([\w, ]+) - (.+)", line).groups()
         listed[kind] |= set(names.split(", "))
@@ -119,14 +119,19 @@ def imports(source):
 
 
 def surrounded(full, other):
-    """Another method's source with the full agent's imports, listed definitions and surroundings of the method."""
-    same = claims(other)["same"]
-    shared = {name: text for name, _, text, _ in segments(full) if name in same}
+    """Another method's source with the full agent's imports, the definitions listed as the same, and what surrounds the
+    method, but for what is its own there."""
+    listed, own = claims(other), {name: text for name, _, text, _ in segments(other)}
+    shared = {name: text for name, _, text, _ in segments(full) if name in listed["same"]}
     method = other[:other.index(SURROUND)].replace(imports(other), imports(full), 1)
     for name, _, text, _ in segments(method):
         if name in shared:
             method = method.replace(text, shared[name], 1)
-    return method + full[full.index(SURROUND):]
+    surround = full[full.index(SURROUND):]
+    for name, _, text, _ in segments(full):
+        if name in listed["own"]:
+            surround = surround.replace(text, own[name], 1)
+    return method + surround
 
 
 def main():

@@ -1,0 +1,2076 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "safety-gymnasium==1.0.0",
+#     "gymnasium==0.28.1",
+#     "mujoco",
+#     "numpy==2.3.5",
+#     "pyyaml==6.0.3",
+#     "imageio==2.38.1",
+#     "imageio-ffmpeg==0.6.0",
+#     "pillow==12.3.0",
+#     "jax==0.10.2",
+#     "jaxlib==0.10.2",
+#     "scipy==1.17.1",
+#     "optax==0.2.8",
+#     "tyro==1.0.16",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+# ]
+# [tool.uv]
+# override-dependencies = [  # safety-gymnasium asks for a MuJoCo and a pygame that have no wheels for these Pythons
+#     "mujoco==3.1.6 ; python_version < '3.13'",
+#     "mujoco==3.2.7 ; python_version >= '3.13'",
+#     "gymnasium-robotics ; sys_platform == 'never'",
+#     "pygame ; sys_platform == 'never'",
+# ]
+# ///
+"""SafeDreamer (arXiv 2307.07176) on Safety-Gymnasium: DreamerV3 with a cost head, a cost critic and a constraint.
+
+One file, pure functions. A recurrent state-space model is learned from replayed windows: h follows from the state and
+the action before, a categorical state from h and the observation (posterior), or from h alone (prior). In rollouts
+imagined from replayed states an actor is trained by backpropagation, critics on lambda-returns of reward and cost. To
+act, bsrp_lag draws from the actor, which an augmented Lagrangian constrains; osrp and osrp_lag search by cross-entropy
+for the plan of highest return among those that the model predicts to be safe.
+
+    for every 5,000 simulator steps:
+        for every agent step, all environments at once:
+            h = GRU(h, stoch, a);  stoch ~ q(. | h, observation)
+            bsrp_lag: a ~ actor(h, stoch)
+            osrp, osrp_lag: repeat: draw N plans around (mean, std), imagine each, predict its return and cost;
+                    elites = the k of highest return among those below the cost limit, if k are, else the k of least
+                    cost;  (mean, std) = theirs.  a = the first action of the mean
+            step the simulator, add the transition to the replay ring
+        for every second agent step just collected:
+            sample windows; model: reconstruction, reward, cost, continuation, KL between posterior and prior
+            imagine H steps from every state; R, C = lambda-returns of reward and cost, bootstrapped by V, Vc
+            actor: down -(R - V) / S - entropy + Psi(sum of C over the rollout - limit), lambda and mu follow
+            critics: towards R and C
+
+Shapes: E environments, B windows of L agent steps, N rollouts or plans of H steps, O observation, A action, D recurrent
+state, S variables of C classes, F = D + S C features, M bins. "Steps" are simulator steps unless called agent steps
+(one = `action_repeat` of them).
+
+Shares with spowl_continuous.py what surrounds the method, and
+    same: whole, Whole, LARGE, Count, Natural, Positive, NotNegative, Share - numbers on the command line
+    same: symlog, symexp, transform_obs, bin_weights, spread_obs, two_hot, read_out, cross_entropy - read-outs, lidars
+    same: Transition, Buffer, cut_episodes, updates_due, action_size - the replay ring; counts
+    same: auc, cost_to_go, read_and_followed - what a cost critic knew
+    own: make_env - of what surrounds the method: cameras
+"""
+
+import atexit
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import fcntl
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_type_hints
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------------------
+def whole(words):
+    """An integer, also written as 1e5."""
+    if float(words[0]) % 1:
+        raise ValueError("must be a whole number")
+    return int(float(words[0]))
+
+
+Whole = tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", whole, lambda value: isinstance(value, int), lambda value: [str(value)])
+LARGE = 1e300
+Count = Annotated[int, Whole, (1, LARGE)]  # the range that a value must lie in
+Natural = Annotated[int, Whole, (0, LARGE)]
+Positive = Annotated[float, (1 / LARGE, LARGE)]
+NotNegative = Annotated[float, (0.0, LARGE)]
+Share = Annotated[float, (0.0, 1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is run, and what is written"""
+
+    env_id: str = "SafetyPointGoal1-v0"
+    """task of Safety-Gymnasium"""
+    method: Literal["bsrp_lag", "osrp", "osrp_lag"] = "bsrp_lag"
+    """bsrp_lag: the actor acts, trained with an augmented Lagrangian; osrp: the planner acts, among plans that are safe
+    as far as the model knows; osrp_lag: so it does, with the cost under a PID-controlled multiplier in its score too"""
+    preset: Literal["paper", "laptop"] = "paper"
+    """values of all flags that are not given: the reference's, or PRESETS["laptop"], for two cores"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's directory"""
+    seed: Annotated[int, Whole, (0, 2**32 - 1)] = 1
+    """seed of every random stream: networks, exploration, batches, environments"""
+    total_timesteps: Count = 5_000_000
+    """simulator steps of the whole run, all environments together"""
+    runs_dir: str = "runs"
+    """directory that receives the run's own directory"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "spowl"
+    """project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """team on Weights & Biases"""
+    capture_video: bool = False
+    """write an mp4 of one episode at every evaluation, seen by the camera that shows the whole scene"""
+    resume: str | None = None
+    """run directory to go on with: its flags are taken over, its newest checkpoint loaded"""
+    evaluate: str | None = None
+    """run directory whose newest checkpoint is evaluated, without training"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Steps, environments and replay"""
+
+    num_envs: Count = 1
+    """environments stepped in parallel, in as many processes as there are cores"""
+    action_repeat: Count = 5
+    """simulator steps per agent step; reward and cost are summed over them"""
+    learning_starts: Natural = 5_000
+    """simulator steps with uniformly random actions at the start"""
+    train_every: Count = 5_000
+    """simulator steps between two blocks of updates"""
+    updates_per_step: Positive = 0.5
+    """updates per agent step"""
+    inputs: Literal["vector", "vision"] = "vector"
+    """what the agent sees: the task's observation, or a camera to the front and one to the back, 64 x 64 pixels each"""
+    obs_transform: Literal["raw", "log", "bins"] = "raw"
+    """vectors as the networks see them: raw (the encoder gets symlog of it), log, which spreads the near end of a lidar
+    (see transform_obs), or bins: log, and the encoder gets each entry's weights on eight bins too (see spread_obs)"""
+    env_timeout: Positive = 60.0
+    """seconds after which an environment's process that gives no answer counts as dead"""
+    eval_every: Natural = 100_000
+    """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
+    eval_episodes: Count = 10
+    """whole episodes per evaluation, on environments and seeds of their own"""
+    buffer_size: Count = 1_000_000
+    """transitions kept for replay, all environments together; the oldest are overwritten"""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldModel:
+    """World model"""
+
+    deter: Count = 256
+    """width D of the recurrent state"""
+    stoch: Count = 16
+    """categorical variables S of the stochastic state"""
+    classes: Count = 16
+    """classes C of each of them"""
+    units: Count = 256
+    """width of every hidden layer"""
+    enc_layers: Count = 3
+    """hidden layers of encoder and decoder, for vectors"""
+    channels: Count = 32
+    """channels of the first of the encoder's four convolutions, for pictures; they double with every one"""
+    head_layers: Count = 2
+    """hidden layers of the heads, the actor and the critics"""
+    num_bins: Annotated[int, Whole, (2, LARGE)] = 255
+    """bins M of the two-hot read-outs of reward, cost and values"""
+    bin_limit: Positive = 20.0
+    """the bins span symlog values in [-bin_limit, bin_limit]"""
+    unimix: Share = 0.01
+    """share of the uniform distribution in every categorical variable"""
+    free_bits: NotNegative = 1.0
+    """KL divergence, in nats, below which it is not trained on"""
+    dynamics_coef: NotNegative = 0.5
+    """weight of the KL divergence that moves the prior towards the posterior"""
+    representation_coef: NotNegative = 0.1
+    """weight of the KL divergence that moves the posterior towards the prior"""
+    reconstruction_coef: NotNegative = 5.0
+    """weight of the reconstruction's squared error"""
+    cost_weight: NotNegative = 10.0
+    """weight of the cost head's loss where an agent step's cost is at least 1"""
+    batch_size: Count = 16
+    """windows B per update"""
+    window: Annotated[int, Whole, (2, LARGE)] = 64
+    """agent steps L of a window"""
+    model_lr: Positive = 1e-4
+    """step size of Adam, for the world model"""
+    model_clip: Positive = 1000.0
+    """global norm to which its gradient is clipped"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Behaviour:
+    """Actor and critics, in imagination"""
+
+    horizon: Count = 15
+    """imagined agent steps H"""
+    gamma: Share = 0.997
+    """discount of reward per agent step"""
+    cost_gamma: Share = 0.997
+    """discount of cost per agent step"""
+    return_lambda: Share = 0.95
+    """lambda of the returns: 0 bootstraps after one step, 1 only at the horizon"""
+    min_std: Positive = 0.1
+    """smallest standard deviation of the actor's Gaussian"""
+    max_std: Positive = 1.0
+    """largest standard deviation of the actor's Gaussian"""
+    entropy_coef: NotNegative = 3e-4
+    """weight of the actor's entropy"""
+    slow_tau: Annotated[float, (1 / LARGE, 1.0)] = 0.02
+    """share by which the slow critics move towards the critics after every update"""
+    slow_coef: NotNegative = 1.0
+    """weight of the loss that keeps a critic near its slow one"""
+    behaviour_lr: Positive = 3e-5
+    """step size of Adam, for the actor and for each critic"""
+    behaviour_clip: Positive = 100.0
+    """global norm to which each of their gradients is clipped"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """Constraint: the augmented Lagrangian of bsrp_lag, the PID controller of osrp_lag"""
+
+    cost_limit: NotNegative = 2.0
+    """limit on the imagined cost returns of bsrp_lag (see constraint_over), on the cost that a plan predicts for an
+    episode (see select_elites), and on an episode's cost for the PID controller"""
+    constraint_over: Literal["sum", "mean"] = "sum"
+    """over the H imagined steps: sum, the reference's, or mean, under which the constraint weighs H times less"""
+    lambda_init: NotNegative = 1e-6
+    """first Lagrange multiplier lambda of bsrp_lag"""
+    mu_init: Positive = 5e-9
+    """first penalty mu"""
+    mu_growth: NotNegative = 1e-5
+    """mu is multiplied by 1 + mu_growth after every update"""
+    mu_max: Positive = 1.0
+    """cap of mu"""
+    episode_length: Count = 1000
+    """simulator steps of an episode"""
+    pid_kp: NotNegative = 0.1
+    """gain of the controller's smoothed error"""
+    pid_ki: NotNegative = 0.01
+    """gain of its integral"""
+    pid_kd: NotNegative = 0.01
+    """gain of the rise of the smoothed cost"""
+    pid_max: NotNegative = 0.1
+    """cap of its multiplier"""
+    pid_starts: Natural = 5_000
+    """agent steps before the first update of its multiplier"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Constrained cross-entropy planner of osrp and osrp_lag"""
+
+    plan_horizon: Count = 15
+    """agent steps of a plan"""
+    num_samples: Count = 500
+    """action sequences N per iteration"""
+    num_elites: Count = 50
+    """sequences k that the next iteration is fitted to"""
+    iterations: Count = 6
+    """refinements of the plan at every agent step"""
+    plan_std: Positive = 1.0
+    """first standard deviation of the plan"""
+    momentum: Share = 0.1
+    """share of the mean of one iteration that stays in the next"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Planner, Constraint, Behaviour, WorldModel, Protocol, Experiment):
+    """SafeDreamer on Safety-Gymnasium: a recurrent world model, a constrained actor or planner in its imagination."""
+
+
+GROUPS = (Experiment, Protocol, WorldModel, Behaviour, Constraint, Planner)
+
+
+PRESETS = {
+    "paper": {},
+    "laptop": dict(
+        num_envs=10, total_timesteps=300_000, eval_every=50_000, buffer_size=300_000, updates_per_step=0.125,
+        obs_transform="bins", deter=128, stoch=8, classes=16, units=128, enc_layers=2, channels=8, head_layers=1,
+        num_bins=63, bin_limit=8.0, reconstruction_coef=1.0, batch_size=8, window=32, model_lr=6e-4, horizon=10,
+        gamma=0.98, cost_gamma=0.95, behaviour_lr=3e-4, mu_init=1e-7, mu_growth=1e-4, plan_horizon=10, num_samples=64,
+        num_elites=8, iterations=4),
+}
+
+
+def advice(args):
+    """A line to begin a run on a CPU with, or ""."""
+    if args.preset != "paper":
+        return ""
+    return "the paper's preset on a CPU takes weeks: --preset laptop is made for one"
+
+
+def rules(args):
+    """What must hold between flags: pairs of whether it does and what to say where it does not."""
+    block, updates = args.num_envs * args.action_repeat, args.train_every / args.action_repeat * args.updates_per_step
+    near = max(round(args.train_every / block), 1) * block
+    return [
+        ("/" not in args.exp_name, "--exp-name must not hold a slash: it becomes part of a directory's name"),
+        (args.inputs == "vector" or args.obs_transform == "raw", "--inputs vision needs --obs-transform raw"),
+        (args.train_every % block == 0,
+         f"--train-every must be a multiple of --num-envs x --action-repeat = {block}, for example {near}"),
+        (args.learning_starts >= block * args.window,
+         f"--learning-starts must be at least --num-envs x --action-repeat x --window = {block * args.window}"),
+        (args.learning_starts <= args.train_every or args.learning_starts % args.train_every == 0,
+         "--learning-starts must be at most --train-every, or a multiple of it"),
+        (updates % 1 == 0 and updates, f"--updates-per-step must make a whole number of updates of {args.train_every} "
+         f"/ {args.action_repeat} agent steps"),
+        (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
+        (args.buffer_size >= args.num_envs * args.window,
+         f"--buffer-size must hold --num-envs x --window = {args.num_envs * args.window} transitions"),
+        (args.num_elites <= args.num_samples, "--num-elites must be at most --num-samples"),
+        (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
+        (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Maths
+# ----------------------------------------------------------------------------------------------------------------------
+def symlog(x):
+    """sign(x) log(1 + |x|)"""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def symexp(x):
+    """Inverse of symlog."""
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def transform_obs(obs, low, high):
+    """(..., O) and the bounds (O,) of the observation space -> what the networks see unless --obs-transform is raw.
+
+    Entries in [0, 1], a lidar's 1 - distance / range, become -log(1.02 - x): the last tenth, where a hazard begins,
+    gets half of the scale. Unbounded entries become symlog(x); others stay."""
+    near = -np.log(1.02 - np.clip(obs, 0.0, 1.0))
+    unbounded = np.sign(obs) * np.log1p(np.abs(obs))
+    return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
+
+
+def bin_weights(position, num_bins):
+    """(...) -> (..., M): a position from 0 to M - 1 as weights on its two neighbouring bins."""
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
+
+
+OBS_BINS, OBS_LIMIT = 8, 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
+
+
+def spread_obs(args, obs):
+    """(..., O) -> what the encoder gets: (..., O), or under --obs-transform bins (..., 9 O), where the entries are
+    followed by each one's weights on its two neighbouring bins.
+
+    What begins at a distance is linear in these; from the one number a small network learns it far more slowly."""
+    if args.obs_transform != "bins":
+        return obs
+    weights = bin_weights(jnp.clip(obs, 0.0, OBS_LIMIT) * ((OBS_BINS - 1) / OBS_LIMIT), OBS_BINS)
+    return jnp.concatenate([obs, weights.reshape(*obs.shape[:-1], -1)], -1)
+
+
+def two_hot(x, num_bins, limit):
+    """(...) -> (..., M): symlog(x), clipped to the bins' range, as weights on its two neighbouring bins."""
+    return bin_weights((jnp.clip(symlog(x), -limit, limit) + limit) * ((num_bins - 1) / (2 * limit)), num_bins)
+
+
+def read_out(logits, limit):
+    """(..., M) -> (...): the number that logits stand for, symexp(sum softmax(logits) bins)."""
+    bins = jnp.linspace(-limit, limit, logits.shape[-1])
+    return symexp(jnp.matmul(jax.nn.softmax(logits), bins, precision="highest"))  # a GPU would round to 10 bits
+
+
+def cross_entropy(logits, target):
+    """(..., M), (..., M) -> (...)"""
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(target * logits, axis=-1)
+
+
+def layer_norm(x, scale, shift):
+    """Normalise the last axis to mean 0 and variance 1 (eps 1e-3), then scale and shift."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-3) * scale + shift
+
+
+def lambda_returns(args, paid, discount, values):
+    """(H, ...) each -> R (H, ...): R_t = paid_t + discount_t ((1 - l) values_t + l R_t+1), where `values` are those of
+    the states that the steps lead to and the last one stands for R_H."""
+    def step(following, each):
+        paid, discount, value = each
+        total = paid + discount * ((1.0 - args.return_lambda) * value + args.return_lambda * following)
+        return total, total
+
+    return jax.lax.scan(step, values[-1], (paid, discount, values), reverse=True)[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks: a layer is a dict of arrays, an MLP a tuple of layers
+# ----------------------------------------------------------------------------------------------------------------------
+def weights(key, shape, scale=1.0):
+    """Truncated normal of variance scale / (mean of fan-in and fan-out), or 0 where scale is."""
+    if not scale:
+        return jnp.zeros(shape)
+    return jax.nn.initializers.variance_scaling(scale, "fan_avg", "truncated_normal")(key, shape)
+
+
+def hidden(key, *shape):
+    """A layer without bias: a product or convolution, LayerNorm; who applies it adds the activation."""
+    return {"w": weights(key, shape), "scale": jnp.ones(shape[-1]), "shift": jnp.zeros(shape[-1])}
+
+
+def normed(layer, x):
+    """(..., in) -> (..., out): Linear, LayerNorm."""
+    return layer_norm(x @ layer["w"], layer["scale"], layer["shift"])
+
+
+def init_mlp(key, size, units, num_layers, out=None, out_scale=1.0):
+    """`num_layers` hidden layers, then, unless `out` is None, a Linear with bias."""
+    *keys, key_out = jax.random.split(key, num_layers + 1)
+    layers = [hidden(key, n_in, units) for key, n_in in zip(keys, [size] + [units] * (num_layers - 1))]
+    if out is not None:
+        layers.append({"w": weights(key_out, (units, out), out_scale), "b": jnp.zeros(out)})
+    return tuple(layers)
+
+
+def mlp(layers, x):
+    """(..., in) -> (..., out): Linear, LayerNorm, SiLU, ..., and Linear where the last layer has a bias."""
+    for layer in layers:
+        x = x @ layer["w"] + layer["b"] if "b" in layer else jax.nn.silu(normed(layer, x))
+    return x
+
+
+PIXELS, COLOURS, DOUBLINGS = 64, 6, 4  # two cameras with three colours each; four layers halve the width, to 4
+
+
+def init_pictures(args, key, feature_dim):
+    """Encoder and decoder of pictures: convolutions of 4 x 4 at stride 2, and their mirror."""
+    widths, side = [COLOURS] + [args.channels * 2**i for i in range(DOUBLINGS)], PIXELS // 2**DOUBLINGS
+    key_first, key_last, *keys = jax.random.split(key, 2 * DOUBLINGS + 1)
+    encoder = tuple(hidden(key, 4, 4, *sizes) for key, sizes in zip(keys, zip(widths[:-1], widths[1:])))
+    decoder = [{"w": weights(key_first, (feature_dim, side**2 * widths[-1])), "b": jnp.zeros(side**2 * widths[-1])}]
+    for key, n_in, n_out in zip(keys[DOUBLINGS:], widths[:1:-1], widths[-2:0:-1]):
+        decoder.append(hidden(key, 4, 4, n_in, n_out))
+    decoder.append({"w": weights(key_last, (4, 4, widths[1], COLOURS)), "b": jnp.zeros(COLOURS)})
+    return encoder, tuple(decoder)
+
+
+def encode_pictures(layers, x):
+    """(..., 64 * 64 * 6) in [0, 1] -> (..., 4 * 4 * 8 channels)"""
+    lead, x = x.shape[:-1], x.reshape(-1, PIXELS, PIXELS, COLOURS) - 0.5
+    for layer in layers:
+        x = jax.lax.conv_general_dilated(x, layer["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.nn.silu(layer_norm(x, layer["scale"], layer["shift"]))
+    return x.reshape(*lead, -1)
+
+
+def decode_pictures(layers, x):
+    """(..., F) -> (..., 64 * 64 * 6), about [0, 1]"""
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1]) @ layers[0]["w"] + layers[0]["b"]
+    x = x.reshape(len(x), PIXELS // 2**DOUBLINGS, PIXELS // 2**DOUBLINGS, -1)
+    for layer in layers[1:]:
+        x = jax.lax.conv_transpose(x, layer["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = x + layer["b"] if "b" in layer else jax.nn.silu(layer_norm(x, layer["scale"], layer["shift"]))
+    return x.reshape(*lead, -1) + 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# World model
+# ----------------------------------------------------------------------------------------------------------------------
+class Latent(NamedTuple):
+    """The state of the recurrent state-space model."""
+
+    deter: jax.Array  # (..., D)
+    stoch: jax.Array  # (..., S C): S one-hot vectors of C classes
+
+
+def init_model(args, key, obs_dim, action_dim):
+    """Weights by name: encoder and decoder, the recurrent model, and heads for reward, cost and continuation."""
+    stoch, pictures = args.stoch * args.classes, args.inputs == "vision"
+    features, head = args.deter + stoch, partial(init_mlp, units=args.units, num_layers=args.head_layers)
+    keys = iter(jax.random.split(key, 10))
+    if pictures:
+        encoder, decoder = init_pictures(args, next(keys), features)
+        embedding = PIXELS**2 // 4**DOUBLINGS * args.channels * 2**(DOUBLINGS - 1)
+    else:
+        encoder = init_mlp(next(keys), spread_obs(args, jnp.zeros(obs_dim)).size, args.units, args.enc_layers)
+        decoder, embedding = init_mlp(next(keys), features, args.units, args.enc_layers, obs_dim), args.units
+    return {
+        "encoder": encoder,
+        "decoder": decoder,
+        "first": jnp.zeros(args.deter),
+        "input": hidden(next(keys), stoch + action_dim, args.units),
+        "gru": hidden(next(keys), args.deter + args.units, 3 * args.deter),
+        "prior": init_mlp(next(keys), args.deter, args.units, 1, stoch),
+        "posterior": init_mlp(next(keys), args.deter + embedding, args.units, 1, stoch),
+        "reward": head(next(keys), features, out=args.num_bins, out_scale=0.0),
+        "cost": head(next(keys), features, out=args.num_bins),
+        "continue": head(next(keys), features, out=1),
+    }
+
+
+def encode(args, model, obs):
+    """(..., O) -> embedding (..., units), or of pictures (..., 128 channels)."""
+    if args.inputs == "vision":
+        return encode_pictures(model["encoder"], obs)
+    return mlp(model["encoder"], symlog(obs) if args.obs_transform == "raw" else spread_obs(args, obs))
+
+
+def decode(args, model, latent):
+    """The observation (..., O) that a latent stands for."""
+    return (decode_pictures if args.inputs == "vision" else mlp)(model["decoder"], features(latent))
+
+
+def features(latent):
+    """(..., D + S C): what heads, actor and critics get."""
+    return jnp.concatenate([latent.deter, latent.stoch], -1)
+
+
+def log_probs(args, logits):
+    """(..., S C) -> (..., S, C): log of (1 - unimix) softmax(logits) + unimix / C."""
+    probs = jax.nn.softmax(logits.reshape(*logits.shape[:-1], args.stoch, args.classes))
+    return jnp.log((1.0 - args.unimix) * probs + args.unimix / args.classes)
+
+
+def sample_stoch(logits, key):
+    """Log-probabilities (..., S, C) -> one-hot (..., S C), whose gradient is that of the probabilities."""
+    drawn, probs = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1]), jnp.exp(logits)
+    straight_through = drawn + probs - jax.lax.stop_gradient(probs)
+    return straight_through.reshape(*logits.shape[:-2], -1)
+
+
+def next_deter(model, latent, action):
+    """h' = GRU(h, [stoch, a]): (..., D), ..., (..., A) -> (..., D). Actions are scaled to at most 1."""
+    action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
+    x = jax.nn.silu(normed(model["input"], jnp.concatenate([latent.stoch, action], -1)))
+    gates = normed(model["gru"], jnp.concatenate([latent.deter, x], -1))
+    reset, candidate, update = jnp.split(gates, 3, -1)
+    candidate, update = jnp.tanh(jax.nn.sigmoid(reset) * candidate), jax.nn.sigmoid(update - 1.0)
+    return update * candidate + (1.0 - update) * latent.deter
+
+
+def prior(args, model, deter):
+    """p(stoch | h): log-probabilities (..., S, C)."""
+    return log_probs(args, mlp(model["prior"], deter))
+
+
+def posterior(args, model, deter, embedding):
+    """q(stoch | h, observation): log-probabilities (..., S, C)."""
+    return log_probs(args, mlp(model["posterior"], jnp.concatenate([deter, embedding], -1)))
+
+
+def first_deter(args, model, action_dim):
+    """(D,): h at the first observation of an episode, the learned state that is before it moved by no action."""
+    deter = jnp.tanh(model["first"])
+    likeliest = jax.nn.one_hot(jnp.argmax(prior(args, model, deter), -1), args.classes).reshape(-1)
+    return next_deter(model, Latent(deter, likeliest), jnp.zeros(action_dim))
+
+
+def imagine(args, model, latent, action, key):
+    """One step without an observation: Latent (...), action (..., A) -> Latent (...)."""
+    deter = next_deter(model, latent, action)
+    return Latent(deter, sample_stoch(prior(args, model, deter), key))
+
+
+def observe(args, model, batch, key):
+    """Filter the windows of a Transition (L, B, ...) -> two pairs (Latent, posterior's log-probabilities), (L, B, ...)
+    each: of `next_obs`, and of `obs` as though an episode began there, from which one that does goes on."""
+    key_first, key_steps = jax.random.split(key)
+    deter = first_deter(args, model, batch.action.shape[-1])
+    deter = jnp.broadcast_to(deter, (*batch.reward.shape, deter.size))
+    first_logits = posterior(args, model, deter, encode(args, model, batch.obs))
+    first = Latent(deter, sample_stoch(first_logits, key_first))
+    begins = jnp.concatenate([jnp.ones_like(batch.done[:1]), batch.done[:-1]]) > 0
+
+    def step(latent, each):
+        first, begins, action, embedding, key = each
+        latent = jax.tree.map(lambda new, old: jnp.where(begins[:, None], new, old), first, latent)
+        deter = next_deter(model, latent, action)
+        logits = posterior(args, model, deter, embedding)
+        latent = Latent(deter, sample_stoch(logits, key))
+        return latent, (latent, logits)
+
+    each = first, begins, batch.action, encode(args, model, batch.next_obs), jax.random.split(key_steps, len(begins))
+    _, following = jax.lax.scan(step, jax.tree.map(lambda x: x[0], first), each)
+    return following, (first, first_logits)
+
+
+def kl(p, q):
+    """(..., S, C) each -> (...): KL(p || q) of all S variables together, from log-probabilities."""
+    return jnp.sum(jnp.exp(p) * (p - q), axis=(-2, -1))
+
+
+def world_model_loss(model, args, batch, key):
+    """Transition (L, B, ...) -> loss, (metrics, Latent (L, B, ...) of next_obs).
+
+    Per step: 0.5 max(1, KL[sg posterior || prior]) + 0.1 max(1, KL[posterior || sg prior]) + squared error of the
+    reconstruction - log-likelihoods of reward, cost and continuation. All but the last three at a window's first
+    observation, too.
+    differs from the reference: only a terminated episode does not continue; there one cut by its time limit neither."""
+    (latents, after_logits), first = observe(args, model, batch, key)
+    first, first_logits = jax.tree.map(lambda x: x[:1], first)
+    every = jax.tree.map(lambda first, after: jnp.concatenate([first, after]), first, latents)
+    after, before = jnp.concatenate([first_logits, after_logits]), prior(args, model, every.deter)
+    stop = jax.lax.stop_gradient
+    divergence, dynamics, representation = kl(after, before), kl(stop(after), before), kl(after, stop(before))
+    seen = jnp.concatenate([batch.obs[:1], batch.next_obs])
+    error = jnp.sum((decode(args, model, every) - seen) ** 2, -1)
+    heads = {name: mlp(model[name], features(latents)) for name in ("reward", "cost", "continue")}
+    target = partial(two_hot, num_bins=args.num_bins, limit=args.bin_limit)
+    cost_weights = jnp.where(batch.cost >= 1.0, args.cost_weight, 1.0)
+    losses = {
+        "reconstruction": jnp.mean(error),
+        "reward": jnp.mean(cross_entropy(heads["reward"], target(batch.reward))),
+        "cost": jnp.mean(cost_weights * cross_entropy(heads["cost"], target(batch.cost))),
+        "continue": jnp.mean(optax.sigmoid_binary_cross_entropy(heads["continue"][..., 0], 1.0 - batch.terminated)),
+    }
+    total = (args.reconstruction_coef * losses["reconstruction"] + losses["reward"] + losses["cost"]
+             + losses["continue"]
+             + args.dynamics_coef * jnp.mean(jnp.maximum(args.free_bits, dynamics))
+             + args.representation_coef * jnp.mean(jnp.maximum(args.free_bits, representation)))
+    metrics = {f"losses/{name}": value for name, value in losses.items()}
+    return total, (metrics | {"losses/kl": jnp.mean(divergence), "losses/total": total}, latents)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Actor and critics
+# ----------------------------------------------------------------------------------------------------------------------
+def gaussian(args, policy, x):
+    """Features (..., F) -> mean, standard deviation (..., A) of the actor, before its actions are clipped."""
+    mean, std = jnp.split(mlp(policy, x), 2, -1)
+    return jnp.tanh(mean), (args.max_std - args.min_std) * jax.nn.sigmoid(std + 2.0) + args.min_std
+
+
+def sample_action(args, policy, x, key):
+    """Features (..., F) -> action (..., A), differentiable."""
+    mean, std = gaussian(args, policy, x)
+    return mean + std * jax.random.normal(key, mean.shape)
+
+
+def read(args, head, x):
+    """Features (..., F) -> (...): what a head of reward, cost or value stands for."""
+    return read_out(mlp(head, x), args.bin_limit)
+
+
+class Imagined(NamedTuple):
+    """Predictions along imagined rollouts of H steps."""
+
+    features: jax.Array  # (H + 1, N, F)
+    cost: jax.Array  # (H, N), of each step
+    values: jax.Array  # (H + 1, N)
+    returns: jax.Array  # (H, N): lambda-returns of reward
+    cost_returns: jax.Array  # (H, N)
+    proceed: jax.Array  # (H, N): probability that the episode goes on after each step
+
+
+def predict(args, model, critics, x):
+    """What is imagined for features (H + 1, N, F)."""
+    reward, cost = read(args, model["reward"], x[1:]), read(args, model["cost"], x[1:])
+    proceed = jax.nn.sigmoid(mlp(model["continue"], x[1:])[..., 0])
+    values, cost_values = read(args, critics["value"], x), read(args, critics["cost_value"], x)
+    returns = lambda_returns(args, reward, args.gamma * proceed, values[1:])
+    cost_returns = lambda_returns(args, cost, args.cost_gamma * proceed, cost_values[1:])
+    return Imagined(x, cost, values, returns, cost_returns, proceed)
+
+
+def augmented_lagrangian(args, violation, multiplier, penalty):
+    """Psi and the next lambda and mu, from g = `violation`.
+
+    If lambda + mu g > 0, Psi = lambda g + mu g^2 / 2, otherwise -lambda^2 / (2 mu); lambda' = max(0, lambda + mu g)."""
+    shifted = multiplier + penalty * violation
+    psi = jnp.where(shifted > 0, multiplier * violation + 0.5 * penalty * violation**2, -0.5 * multiplier**2 / penalty)
+    return psi, jnp.maximum(shifted, 0.0), jnp.minimum(penalty * (1.0 + args.mu_growth), args.mu_max)
+
+
+def policy_loss(policy, args, agent, model, start, alive, key):
+    """Latent (N, ...) and whether the episode goes on there (N,) -> loss, (Imagined, weights (H, N), next lambda, mu
+    and scale, metrics).
+
+    mean of w_t (-(R_t - V_t) / max(1, S) - 3e-4 entropy), by backpropagation through the model; w_t discounts and
+    counts the probability that the episode got there; S averages the 5 to 95% range of R. For bsrp_lag plus
+    Psi(g), g = the mean of the sums of a rollout's cost returns - cost_limit."""
+    def step(latent, key):
+        key_action, key_next = jax.random.split(key)
+        following = imagine(args, model, latent, sample_action(args, policy, features(latent), key_action), key_next)
+        return following, features(following)
+
+    x = jax.lax.scan(step, start, jax.random.split(key, args.horizon))[1]
+    seen = predict(args, model, agent.critics, jnp.concatenate([features(start)[None], x]))
+    through = jnp.concatenate([alive[None], args.gamma * seen.proceed[:-1]])
+    discounted = jax.lax.stop_gradient(jnp.cumprod(through, axis=0))
+    low, high = jnp.percentile(jax.lax.stop_gradient(seen.returns), jnp.array([5.0, 95.0]))
+    scale = 0.99 * agent.scale + 0.01 * (high - low)
+    advantage = (seen.returns - seen.values[:-1]) / jnp.maximum(1.0, scale)
+    _, std = gaussian(args, policy, jax.lax.stop_gradient(seen.features[:-1]))
+    entropy = jnp.sum(jnp.log(std) + 0.5 * math.log(2.0 * math.pi * math.e), -1)
+    loss = jnp.mean(discounted * (-advantage - args.entropy_coef * entropy))
+    metrics = {"losses/policy": loss, "losses/entropy": jnp.mean(entropy), "losses/scale": scale}
+    multiplier, penalty = agent.multiplier, agent.penalty
+    if args.method == "bsrp_lag":
+        over_time = {"sum": jnp.sum, "mean": jnp.mean}[args.constraint_over](seen.cost_returns, axis=0)
+        violation = jnp.mean(over_time) - args.cost_limit
+        psi, multiplier, penalty = augmented_lagrangian(args, violation, multiplier, penalty)
+        loss = loss + psi
+        metrics |= {"losses/psi": psi, "lagrangian/violation": violation, "lagrangian/lambda": multiplier,
+                    "lagrangian/mu": penalty}
+    return loss, jax.lax.stop_gradient((seen, discounted, multiplier, penalty, scale, metrics))
+
+
+def critic_loss(critic, args, slow, x, returns, discounted):
+    """Cross-entropy of a critic at features (H, N, F) to the returns (H, N), and to what the slow critic reads."""
+    logits, target = mlp(critic, x), partial(two_hot, num_bins=args.num_bins, limit=args.bin_limit)
+    towards_slow = cross_entropy(logits, target(read(args, slow, x)))
+    return jnp.mean(discounted * (cross_entropy(logits, target(returns)) + args.slow_coef * towards_slow))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PID controller of osrp_lag
+# ----------------------------------------------------------------------------------------------------------------------
+class Pid(NamedTuple):
+    cost: jax.Array  # average of the episodes' costs, from 0 at the rate 0.01
+    error: jax.Array  # smoothed cost - cost_limit
+    integral: jax.Array
+    smooth: jax.Array  # smoothed cost
+    history: jax.Array  # (10,): its last values, the oldest first
+    multiplier: jax.Array
+
+
+def init_pid():
+    zero = partial(jnp.zeros, ())  # each its own: all are donated to the update
+    return Pid(zero(), zero(), jnp.float32(0.001), zero(), jnp.zeros(10), zero())
+
+
+def control(args, pid, cost, active):
+    """The controller after an episode of that cost; its multiplier stays while `active` is not set.
+
+    lambda = K_p smoothed error + integral + K_d rise of the smoothed cost, between 0 and pid_max."""
+    pid = pid._replace(cost=0.99 * pid.cost + 0.01 * cost)
+    error, smooth = pid.cost - args.cost_limit, 0.95 * pid.smooth + 0.05 * pid.cost
+    integral = jnp.maximum(0.0, pid.integral + args.pid_ki * error)
+    smoothed, rise = 0.95 * pid.error + 0.05 * error, jnp.maximum(0.0, smooth - pid.history[0])
+    multiplier = jnp.clip(args.pid_kp * smoothed + integral + args.pid_kd * rise, 0.0, args.pid_max)
+    moved = Pid(pid.cost, smoothed, integral, smooth, jnp.append(pid.history[1:], smooth), multiplier)
+    return jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, pid)
+
+
+def finished_costs(args, buffer):
+    """(R, E): costs of the episodes that ended in the R agent steps since the last block of updates, and where."""
+    block = args.train_every // (args.num_envs * args.action_repeat)
+    capacity, num_envs = buffer.rows.cost.shape
+    count = min(capacity, block + -(-args.episode_length // args.action_repeat))  # as far back as they can have begun
+    ages = jnp.arange(count, 0, -1)
+    rows, there = (buffer.head - ages) % capacity, (ages <= buffer.size)[:, None]
+    cost, done = buffer.rows.cost[rows] * there, (buffer.rows.done[rows] > 0) & there
+
+    def step(running, each):
+        cost, done = each
+        total = running + cost
+        return jnp.where(done, 0.0, total), total
+
+    _, totals = jax.lax.scan(step, jnp.zeros(num_envs), (cost, done))
+    return totals[-block:], done[-block:]
+
+
+def control_block(args, agent, buffer):
+    """The controller, at the first update of a block after all episodes that ended since the last one."""
+    def step(pid, each):
+        cost, ended = each
+        moved = control(args, pid, cost, agent.num_updates >= args.pid_starts * args.updates_per_step)
+        return jax.tree.map(lambda new, old: jnp.where(ended, new, old), moved, pid), None
+
+    def after(pid):
+        costs, ended = finished_costs(args, buffer)
+        return jax.lax.scan(step, pid, (costs.ravel(), ended.ravel()))[0]
+
+    return jax.lax.cond(agent.num_updates % updates_due(args, args.train_every) == 0, after, lambda pid: pid, agent.pid)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replay buffer: a ring on the device
+# ----------------------------------------------------------------------------------------------------------------------
+class Transition(NamedTuple):
+    """One agent step of every environment, or arrays of them with more leading axes."""
+
+    obs: jax.Array  # (E, O)
+    action: jax.Array  # (E, A)
+    reward: jax.Array  # (E,)
+    cost: jax.Array  # (E,)
+    next_obs: jax.Array  # (E, O): the episode's own last observation where it ends, not the next episode's first
+    terminated: jax.Array  # (E,): 1 where the task ended: nothing is bootstrapped
+    done: jax.Array  # (E,): 1 where the episode ended, by termination or truncation
+
+
+class Buffer(NamedTuple):
+    """`rows` holds T agent steps of E environments; the next one is written at `head`, `size` of them are filled."""
+
+    rows: Transition  # (T, E, ...)
+    head: jax.Array
+    size: jax.Array
+
+
+def init_buffer(args, obs_dim, action_dim):
+    """An empty ring of args.buffer_size transitions; pictures are kept in whole numbers from 0 to 255."""
+    sizes = Transition((obs_dim,), (action_dim,), (), (), (obs_dim,), (), ())
+    kept = Transition(*[jnp.float32] * len(sizes))
+    if args.inputs == "vision":
+        kept = kept._replace(obs=jnp.uint8, next_obs=jnp.uint8)
+    lead = args.buffer_size // args.num_envs, args.num_envs
+    return Buffer(Transition(*(jnp.zeros((*lead, *size), dtype) for size, dtype in zip(sizes, kept))), jnp.int32(0),
+                  jnp.int32(0))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def add(buffer, transition):
+    """Write one agent step of every environment, in place, over the oldest if the ring is full."""
+    def written(rows, new):
+        whole = jnp.round(255.0 * new).astype(jnp.uint8) if rows.dtype == jnp.uint8 else new
+        return rows.at[buffer.head].set(whole)
+
+    capacity = buffer.rows.reward.shape[0]
+    rows = jax.tree.map(written, buffer.rows, transition)
+    return Buffer(rows, (buffer.head + 1) % capacity, jnp.minimum(buffer.size + 1, capacity))
+
+
+@partial(jax.jit, donate_argnames="buffer")
+def cut_episodes(buffer, cut):
+    """Mark the newest row as an episode's end (a truncation) where `cut` (E,): what is added next cannot join it."""
+    newest = buffer.rows.done[buffer.head - 1]
+    done = buffer.rows.done.at[buffer.head - 1].set(jnp.where(cut, 1.0, newest))
+    return buffer._replace(rows=buffer.rows._replace(done=done))
+
+
+def sample(args, buffer, key):
+    """B windows of L transitions, (L, B, ...), uniform over environments and starts, none across the write head."""
+    capacity, num_envs = buffer.rows.reward.shape
+    key_env, key_start = jax.random.split(key)
+    env = jax.random.randint(key_env, (args.batch_size,), 0, num_envs)
+    age = jax.random.randint(key_start, (args.batch_size,), 0, buffer.size - args.window + 1)  # 0: the oldest row
+    row = (buffer.head - buffer.size + age + jnp.arange(args.window)[:, None]) % capacity
+    batch = jax.tree.map(lambda rows: rows[row, env], buffer.rows)
+    return jax.tree.map(lambda x: x / 255.0 if x.dtype == jnp.uint8 else x, batch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Acting
+# ----------------------------------------------------------------------------------------------------------------------
+def evaluate_plans(args, agent, latent, actions, key):
+    """Latent (...), (H, N, A) -> J (N,), cost (N,) predicted for an episode, metrics not.
+
+    J is the lambda-return of reward at the first step, under osrp_lag less lambda_p times that of cost. The predicted
+    cost is the sum over the H steps times episode_length / H, as the reference has it, whatever the action repeat."""
+    latent = jax.tree.map(lambda x: jnp.broadcast_to(x, (actions.shape[1], x.size)), latent)
+
+    def step(latent, each):
+        action, key = each
+        latent = imagine(args, agent.model, latent, action, key)
+        return latent, features(latent)
+
+    x = jax.lax.scan(step, latent, (actions, jax.random.split(key, len(actions))))[1]
+    seen = predict(args, agent.model, agent.critics, jnp.concatenate([features(latent)[None], x]))
+    score = seen.returns[0]
+    if args.method == "osrp_lag":
+        score = score - agent.pid.multiplier * seen.cost_returns[0]
+    return score, seen.cost.sum(0) * (args.episode_length / len(actions))
+
+
+def select_elites(args, scores, costs):
+    """(N,) each -> mask of k elites: of the plans with a cost below the limit those of highest score, or, where fewer
+    than k are, the k of lowest cost; and how many are."""
+    feasible = costs < args.cost_limit
+    count = jnp.sum(feasible)
+    ranked = jnp.where(count >= args.num_elites, jnp.where(feasible, scores, -jnp.inf), -costs)
+    _, best = jax.lax.top_k(ranked, args.num_elites)
+    return jnp.zeros_like(feasible).at[best].set(True), count
+
+
+def plan(args, agent, latent, last_mean, key):
+    """Latent (...) of one environment -> mean (H, A) of the plan, metrics of the last iteration.
+
+    `last_mean` (H, A) is that of one agent step ago (zeros after a reset): it is shifted, its last entry repeated."""
+    def refine(current, key):
+        mean, std = current
+        key_sample, key_value = jax.random.split(key)
+        noise = jax.random.normal(key_sample, (len(mean), args.num_samples, mean.shape[-1]))
+        actions = jnp.clip(mean[:, None] + std[:, None] * noise, -1.0, 1.0)
+        scores, costs = evaluate_plans(args, agent, latent, actions, key_value)
+        elites, feasible = select_elites(args, scores, costs)
+        average = lambda x: jnp.sum(jnp.where(elites[:, None], x, 0.0), axis=1) / args.num_elites
+        elite_mean = average(actions)
+        std = jnp.sqrt(average((actions - elite_mean[:, None]) ** 2))
+        mean = args.momentum * mean + (1.0 - args.momentum) * elite_mean
+        return (mean, std), {"planner/num_feasible": feasible.astype(jnp.float32),
+                             "planner/too_few_feasible": (feasible < args.num_elites).astype(jnp.float32)}
+
+    first = jnp.concatenate([last_mean[1:], last_mean[-1:]])
+    (mean, _), metrics = jax.lax.scan(
+        refine, (first, jnp.full_like(first, args.plan_std)), jax.random.split(key, args.iterations))
+    return mean, jax.tree.map(lambda values: values[-1], metrics)
+
+
+class Actor(NamedTuple):
+    """What acting carries from one agent step to the next."""
+
+    key: jax.Array
+    step: jax.Array  # agent steps taken; the step's own key is folded from it
+    latent: Latent  # (E, ...)
+    action: jax.Array  # (E, A): the one before
+    plan_mean: jax.Array  # (E, H, A)
+    metrics: dict  # name -> (E,): sums over agent steps since they were last set to zero
+
+
+def init_actor(args, key, action_dim):
+    """An actor at the start of a run."""
+    names = ["charts/balance"]
+    if args.method != "bsrp_lag":
+        names += ["planner/num_feasible", "planner/too_few_feasible"]
+    latent = Latent(jnp.zeros((args.num_envs, args.deter)), jnp.zeros((args.num_envs, args.stoch * args.classes)))
+    return Actor(jnp.copy(key), jnp.int32(0), latent, jnp.zeros((args.num_envs, action_dim)),
+                 jnp.zeros((args.num_envs, args.plan_horizon, action_dim)),
+                 {name: jnp.zeros(args.num_envs) for name in names})
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="actor")
+def act(args, agent, actor, obs, is_first, explore):
+    """All environments at once: obs (E, O), is_first (E,) -> action (E, A) in [-1, 1], next actor.
+
+    bsrp_lag draws from the actor, the others execute the first action of the plan's mean, exploring or not.
+    `is_first` marks the environments that were just reset; at an actor's first step all begin anew."""
+    key_stoch, key_action = jax.random.split(jax.random.fold_in(actor.key, actor.step))
+    begins = (is_first | (actor.step == 0))[:, None]
+    deter = jnp.where(begins, first_deter(args, agent.model, actor.action.shape[-1]),
+                      next_deter(agent.model, actor.latent, actor.action))
+    logits = posterior(args, agent.model, deter, encode(args, agent.model, obs))
+    latent = Latent(deter, sample_stoch(logits, key_stoch))
+    if args.method == "bsrp_lag":
+        action = jnp.clip(sample_action(args, agent.policy, features(latent), key_action), -1.0, 1.0)
+        plan_mean, metrics = actor.plan_mean, {"charts/balance": jnp.zeros(len(obs))}
+    else:
+        last_mean = jnp.where(begins[:, None], 0.0, actor.plan_mean)
+        plan_mean, metrics = jax.vmap(partial(plan, args, agent))(
+            latent, last_mean, jax.random.split(key_action, len(obs)))
+        action, metrics = plan_mean[:, 0], metrics | {"charts/balance": jnp.ones(len(obs))}
+    metrics = jax.tree.map(jnp.add, actor.metrics, metrics)
+    return action, Actor(actor.key, actor.step + 1, latent, action, plan_mean, metrics)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update
+# ----------------------------------------------------------------------------------------------------------------------
+class AgentState(NamedTuple):
+    """Everything that learning changes."""
+
+    model: dict
+    policy: tuple
+    critics: dict  # "value" and "cost_value"
+    slow: dict  # averages of the critics
+    model_opt: tuple
+    policy_opt: tuple
+    critics_opt: dict
+    multiplier: jax.Array  # lambda of bsrp_lag
+    penalty: jax.Array  # mu
+    pid: Pid  # of osrp_lag
+    scale: jax.Array  # S
+    key: jax.Array
+    num_updates: jax.Array  # gradient updates done; each one's key is folded from it
+
+
+def model_optimizer(args):
+    return optax.chain(optax.clip_by_global_norm(args.model_clip), optax.adam(args.model_lr, eps=1e-8))
+
+
+def behaviour_optimizer(args):
+    return optax.chain(optax.clip_by_global_norm(args.behaviour_clip), optax.adam(args.behaviour_lr, eps=1e-5))
+
+
+def init_agent(args, key, obs_dim, action_dim):
+    """A fresh agent for observations and actions of those sizes; `key` is a typed key (jax.random.key)."""
+    key_model, key_policy, key_value, key_cost_value, key_updates = jax.random.split(key, 5)
+    model, num_features = init_model(args, key_model, obs_dim, action_dim), args.deter + args.stoch * args.classes
+    policy = init_mlp(key_policy, num_features, args.units, args.head_layers, 2 * action_dim)
+    critics = {name: init_mlp(key, num_features, args.units, args.head_layers, args.num_bins, out_scale=0.0)
+               for name, key in {"value": key_value, "cost_value": key_cost_value}.items()}
+    slow = jax.tree.map(jnp.copy, critics)  # copies: both are donated to the update
+    critics_opt = {name: behaviour_optimizer(args).init(critic) for name, critic in critics.items()}
+    return AgentState(model, policy, critics, slow, model_optimizer(args).init(model),
+                      behaviour_optimizer(args).init(policy), critics_opt, jnp.float32(args.lambda_init),
+                      jnp.float32(args.mu_init), init_pid(), scale=jnp.float32(0.0), key=key_updates,
+                      num_updates=jnp.int32(0))
+
+
+def update(args, agent, batch, key):
+    """One gradient step of the world model on windows (L, B, ...), then of the actor and the critics on rollouts
+    imagined from all of their states -> agent, metrics."""
+    key_model, key_imagine = jax.random.split(key)
+    model_grads, (metrics, latents) = jax.grad(world_model_loss, has_aux=True)(agent.model, args, batch, key_model)
+    updates, model_opt = model_optimizer(args).update(model_grads, agent.model_opt)
+    model = optax.apply_updates(agent.model, updates)
+
+    start = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]), latents)
+    policy_grads, (seen, discounted, multiplier, penalty, scale, policy_metrics) = jax.grad(policy_loss, has_aux=True)(
+        agent.policy, args, agent, model, start, 1.0 - batch.terminated.ravel(), key_imagine)
+    updates, policy_opt = behaviour_optimizer(args).update(policy_grads, agent.policy_opt)
+    policy = optax.apply_updates(agent.policy, updates)
+    metrics |= policy_metrics | {"losses/model_grad_norm": optax.tree.norm(model_grads),
+                                 "losses/policy_grad_norm": optax.tree.norm(policy_grads)}
+
+    critics, critics_opt = {}, {}
+    for name, returns in {"value": seen.returns, "cost_value": seen.cost_returns}.items():
+        metrics[f"losses/{name}"], grads = jax.value_and_grad(critic_loss)(
+            agent.critics[name], args, agent.slow[name], seen.features[:-1], returns, discounted)
+        updates, critics_opt[name] = behaviour_optimizer(args).update(grads, agent.critics_opt[name])
+        critics[name] = optax.apply_updates(agent.critics[name], updates)
+    slow = jax.tree.map(lambda old, new: old + args.slow_tau * (new - old), agent.slow, critics)
+    return AgentState(model, policy, critics, slow, model_opt, policy_opt, critics_opt, multiplier, penalty, agent.pid,
+                      scale, agent.key, agent.num_updates + 1), metrics
+
+
+@partial(jax.jit, static_argnames=("args", "num_updates"), donate_argnames="agent")
+def update_many(args, agent, buffer, num_updates):
+    """`num_updates` updates, each on windows sampled from the buffer -> agent, metrics averaged over them."""
+
+    def step(agent, _):
+        key_sample, key_update = jax.random.split(jax.random.fold_in(agent.key, agent.num_updates))
+        return update(args, agent, sample(args, buffer, key_sample), key_update)
+
+    if args.method == "osrp_lag":
+        agent = agent._replace(pid=control_block(args, agent, buffer))
+    agent, metrics = jax.lax.scan(step, agent, length=num_updates)
+    metrics["losses/param_norm"] = optax.tree.norm((agent.model, agent.policy))
+    if args.method == "osrp_lag":
+        metrics |= {"lagrangian/lambda": agent.pid.multiplier, "lagrangian/violation": agent.pid.cost - args.cost_limit}
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+def updates_due(args, step):
+    """Updates that belong to the first `step` simulator steps."""
+    return int(step // args.action_repeat * args.updates_per_step)
+
+
+def action_size(agent):
+    """A"""
+    return agent.policy[-1]["b"].size // 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diagnostics: what was known of the costs
+# ----------------------------------------------------------------------------------------------------------------------
+def auc(score, positive):
+    """Area under the ROC curve, (N,) each: how often a positive's score is above another's (a tie is half a time)."""
+    others, positives = np.sort(score[~positive]), score[positive]
+    if not len(others) or not len(positives):
+        return math.nan
+    below = np.searchsorted(others, positives, "left") + np.searchsorted(others, positives, "right")
+    return float(below.mean() / (2 * len(others)))
+
+
+def cost_to_go(cost, terminated, last, gamma):
+    """(T,) -> (T,): the discounted cost that followed each step of an episode; `last` stands for that of the last step
+    unless it terminated."""
+    following = np.array(cost, np.float64)
+    following[-1] = cost[-1] if terminated[-1] else last
+    for t in reversed(range(len(cost) - 1)):
+        following[t] += gamma * following[t + 1]
+    return following
+
+
+def read_and_followed(args, episodes, read):
+    """Mean cost value read, (T,) of all episodes' steps, and mean discounted cost that followed: numbers by tag.
+
+    critic/read_..., critic/followed_... in states inside a hazard (the step before cost), outside, and before_k: k = 1
+    to 5 agent steps before a hazard is entered (before_1 is the step that enters); none for what did not occur."""
+    each = np.split(read, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
+    groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
+    for values, played in zip(each, (episode["played"] for episode in episodes)):
+        followed = cost_to_go(played.cost, played.terminated, values[-1], args.cost_gamma)
+        costly = played.cost > 0
+        inside = np.concatenate([[False], costly[:-1]])
+        entered = np.flatnonzero(costly & ~inside)
+        chosen = {"inside": inside, "outside": ~inside}
+        for k in range(1, 6):  # k steps ahead nothing but the way to this entry
+            chosen[f"before_{k}"] = [t - k + 1 for t in entered if t >= k - 1 and not inside[t - k + 1:t].any()]
+        for name, where in chosen.items():
+            groups[name][0].extend(values[where])
+            groups[name][1].extend(followed[where])
+    return {tag: np.mean(values) for name, both in groups.items()
+            for tag, values in zip((f"critic/read_{name}", f"critic/followed_{name}"), both) if values}
+
+
+@partial(jax.jit, static_argnames="args")
+def read_costs(args, agent, batch, key):
+    """Transition (T, N, ...) of episodes from their start -> (T, N) each: the cost that the model expects of each step
+    before its outcome is seen, and the cost critic's value before it."""
+    (latents, _), (first, _) = observe(args, agent.model, batch, key)
+    before = jax.tree.map(lambda first, after: jnp.concatenate([first[:1], after[:-1]]), first, latents)
+    likeliest = jax.nn.one_hot(jnp.argmax(prior(args, agent.model, latents.deter), -1), args.classes)
+    expected = Latent(latents.deter, likeliest.reshape(latents.stoch.shape))
+    return (read(args, agent.model["cost"], features(expected)),
+            read(args, agent.critics["cost_value"], features(before)))
+
+
+def critic_metrics(args, agent, episodes):
+    """What cost head and cost critic knew of the costs in evaluation episodes: numbers by tag, none for what did not
+    occur.
+
+    critic/cost_auc: of the predicted cost of a step for "this agent step costs"; then `read_and_followed` of the cost
+    critic, whose values are of the actor's own actions, also where the planner acted."""
+    played = [episode["played"] for episode in episodes]
+    longest = max(len(each.cost) for each in played)
+    padded = [jax.tree.map(lambda x: np.pad(x, [(0, longest - len(x))] + [(0, 0)] * (x.ndim - 1)), each)
+              for each in played]
+    both = read_costs(args, agent, jax.tree.map(lambda *each: np.stack(each, 1), *padded), jax.random.key(0))
+    one_step, values = (np.concatenate([x[:len(each.cost), i] for i, each in enumerate(played)])
+                        for x in map(np.asarray, both))
+    area = auc(one_step, np.concatenate([each.cost for each in played]) > 0)
+    return ({} if math.isnan(area) else {"critic/cost_auc": area}) | read_and_followed(args, episodes, values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------------------
+def with_cameras(env):
+    """The environment with flat pictures (64 * 64 * 6,) in [0, 1] as observations: RGB of the robot's camera, and of
+    the same one turned to its back."""
+    import gymnasium
+    import mujoco
+    from gymnasium.envs.mujoco import mujoco_rendering
+
+    task, viewers = env.unwrapped.task, []
+
+    def look():
+        model, data = task.model, task.data
+        if not viewers:
+            model.vis.global_.offwidth, model.vis.global_.offheight = PIXELS, PIXELS
+            viewers.append(mujoco_rendering.OffScreenViewer(model, data))
+            viewers[0].vopt.geomgroup[:] = 1
+        viewer, camera = viewers[0], model.camera("vision")
+        viewer.model, viewer.data = model, data  # each reset makes new ones, of the same shapes and textures
+        viewer.opengl_context.make_current()
+        place, turn, pictures, back = camera.pos.copy(), camera.quat.copy(), [], np.zeros(4)
+        mujoco.mju_mulQuat(back, np.array([0.0, 0.0, 0.0, 1.0]), turn)  # half a turn about the robot's vertical axis
+        for camera.pos[:], camera.quat[:] in ((place, turn), (place * (-1, -1, 1), back)):
+            mujoco.mj_camlight(model, data)
+            pictures.append(viewer.render("rgb_array", camera.id))
+        camera.pos[:], camera.quat[:] = place, turn
+        mujoco.mj_camlight(model, data)
+        return (np.concatenate(pictures, -1) / 255.0).ravel()
+
+    def reset(**options):
+        _, info = env.reset(**options)
+        return look(), info
+
+    def step(action):
+        _, *others = env.step(action)
+        return look(), *others
+
+    def render():
+        for viewer in task._viewers.values():  # others have drawn since
+            viewer.opengl_context.make_current()
+        return env.render()
+
+    space = gymnasium.spaces.Box(0.0, 1.0, (PIXELS * PIXELS * COLOURS,))
+    return types.SimpleNamespace(
+        observation_space=space, action_space=env.action_space, reset=reset, step=step, render=render)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From here on, what surrounds the method: the same text in every script (benchmark/sync.py writes it).
+# Environments: a few processes, each with several of them and the action repeat inside
+# ----------------------------------------------------------------------------------------------------------------------
+def import_safety_gymnasium(cheap_sky: bool = True):
+    """safety_gymnasium 1.0.0 on Python >= 3.11, NumPy 2 and MuJoCo 3; a gradient sky speeds reset() up 80 times."""
+    plain_dataclass = dataclasses.dataclass
+
+    def dataclass(cls=None, **options):
+        arrays = {name: value for name, value in getattr(cls, "__dict__", {}).items() if isinstance(value, np.ndarray)}
+        for name, value in arrays.items():
+            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+        return plain_dataclass(cls, **options)
+
+    def add_marker(viewer, marker):
+        geom = viewer.scn.geoms[viewer.scn.ngeom]
+        size, position, rgba = (np.asarray(marker[key], np.float64).ravel() for key in ("size", "pos", "rgba"))
+        mujoco.mjv_initGeom(geom, marker["type"], size, position, np.eye(3).ravel(), rgba.astype(np.float32))
+        geom.category = mujoco.mjtCatBit.mjCAT_DECOR
+        viewer.scn.ngeom += 1
+
+    def make_current(viewer):
+        atexit.register(viewer.opengl_context.free)
+        viewer.opengl_context.make_current()
+
+    # Its multi-agent tasks, which nobody makes here, import a class of a package that needs NumPy 1.
+    robotics = types.ModuleType("gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi")
+    robotics.MultiAgentMujocoEnv = object
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        sys.modules.setdefault(robotics.__name__, robotics)
+
+    # Its dataclasses have arrays as defaults, which Python >= 3.11 refuses: every instance gets a copy instead.
+    with mock.patch.object(dataclasses, "dataclass", dataclass):
+        import safety_gymnasium
+    import mujoco
+    import yaml
+    from gymnasium.envs.mujoco import mujoco_rendering
+
+    # MuJoCo 3.2 renamed the fields by which gymnasium 0.28 draws the lidar and the cost indicator.
+    mujoco_rendering.BaseRender._add_marker_to_scene = add_marker
+    # Contexts that outlive MuJoCo's own exit handler, and viewers that never got one, would each print a traceback.
+    mujoco_rendering.OffScreenViewer.make_context_current = make_current
+    mujoco_rendering.OffScreenViewer.__del__ = lambda viewer: hasattr(viewer, "opengl_context") and viewer.free()
+    # Every reset decodes six images of 4 MB for the sky, which the agent never sees: a gradient takes their place.
+    with open(f"{safety_gymnasium.__path__[0]}/configs/assets.yaml", encoding="utf-8") as file:
+        assets = yaml.safe_load(file)
+    sky = {"type": "skybox", "builtin": "gradient", "rgb1": ".3 .5 .7", "rgb2": "0 0 0", "width": "32", "height": "192"}
+    assets["textures"]["skybox"] = {f"@{key}": value for key, value in sky.items()}
+    cheap = types.SimpleNamespace(load=lambda file, Loader: copy.deepcopy(assets), FullLoader=None)
+    safety_gymnasium.world.yaml = cheap if cheap_sky else yaml
+    return safety_gymnasium
+
+
+def episode_seed(seed, stream, env, episode):
+    """Seed of one episode, a function of the run's seed, the stream (0 training, 1 evaluation) and two counters."""
+    return int(np.random.SeedSequence((seed, stream, env, episode)).generate_state(1)[0])
+
+
+def make_env(args, drawn):
+    """One environment of the task, able to draw if `drawn`, seen by its cameras under --inputs vision."""
+    if drawn or args.inputs == "vision":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 512, "height": 512} if drawn else {}
+    env = import_safety_gymnasium().make(args.env_id, **options)
+    if len(env.observation_space.shape or ()) != 1:
+        raise ValueError("its observations are not a flat vector")
+    env.reset(seed=0)  # all resets but the first depend on the seed alone (Car differs in the 17th digit)
+    if args.inputs == "vision":
+        env = with_cameras(env)
+        env.reset(seed=0)
+    if drawn:
+        env.render()  # now, not at the first evaluation, is the time to fail
+    return env
+
+
+def env_worker(pipe, args, stream, indices, drawn):
+    """Body of a process that holds the environments `indices`. It answers
+    ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
+    ("step", [action in [-1, 1], ...]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator steps
+    taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
+    ("draw", ...) with a picture of the first one, or None. Whatever goes wrong is sent as text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent, episodes, seen, so_far = os.getppid(), {}, {}, {}
+
+    def see(env, obs):
+        low, high = env.observation_space.low, env.observation_space.high
+        return np.asarray(transform_obs(obs, low, high) if args.obs_transform != "raw" else obs, np.float32)
+
+    def reset(index, episode):
+        obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
+        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), np.zeros(3)
+
+    def step(index, action):
+        env, before, total = envs[index], seen[index], np.zeros(2)
+        low, high = env.action_space.low, env.action_space.high
+        scaled = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high)
+        for steps in range(1, args.action_repeat + 1):
+            obs, reward, cost, terminated, truncated, _ = env.step(scaled)
+            total += reward, cost
+            if terminated or truncated:
+                break
+        seen[index], so_far[index] = see(env, obs), so_far[index] + [*total.astype(np.float32), steps]
+        row, stats = Transition(before, action, *total, seen[index], terminated, terminated or truncated), so_far[index]
+        if row.done:
+            reset(index, episodes[index] + 1)
+        return Transition(*(np.asarray(x, np.float32) for x in row)), [steps, *stats]
+
+    try:
+        envs = {index: make_env(args, drawn and index == 0) for index in indices}
+        pipe.send((envs[indices[0]].observation_space.shape[0], envs[indices[0]].action_space.low.size))
+        while True:
+            while not pipe.poll(5.0):
+                if os.getppid() != parent:
+                    return
+            command, values = pipe.recv()
+            if command == "step":
+                rows, stats = zip(*map(step, indices, values))
+                answer = np.stack(list(seen.values())), Transition(*map(np.stack, zip(*rows))), np.array(stats)
+            elif command == "reset":
+                for index, (episode, actions) in zip(indices, values):
+                    reset(index, episode)
+                    for action in actions:
+                        step(index, action)
+                answer = np.stack(list(seen.values()))
+            else:
+                answer = None
+                with contextlib.suppress(Exception):
+                    answer = envs[0].render() if drawn else None  # KeyError in the processes that do not hold it
+            pipe.send(answer)
+    except EOFError:
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+class EnvFailure(Exception):
+    """An environment's process died, hung or raised."""
+
+
+class Envs(NamedTuple):
+    """Handles of the environment processes. The last two lists change where processes are started anew."""
+
+    args: Args
+    stream: int  # 0 training, 1 evaluation
+    drawn: bool
+    groups: list  # of the environments that each process holds
+    workers: list  # (process, pipe)
+    failures: list  # one text for each time that they were started anew
+
+
+START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
+MAX_FAILURES = 10
+DRAWING_HINT = ("; --capture-video needs EGL or OSMesa (Debian: apt-get install libegl1 libgl1-mesa-dri), and a "
+                "MUJOCO_GL that names it or is not set")
+
+
+def receive(envs, number, timeout=None):
+    """The answer of one process; EnvFailure if it failed, died or gave none in time."""
+    (process, pipe), timeout = envs.workers[number], timeout or envs.args.env_timeout
+    try:
+        answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
+    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+        process.join(timeout=5)
+        answer = f"its process ended with exit code {process.exitcode}"
+    if isinstance(answer, str):
+        which = ", ".join(map(str, envs.groups[number]))
+        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {which} of {envs.args.env_id} (seed "
+                         f"{envs.args.seed}): {answer}")
+    return answer
+
+
+def ask(envs, command, values, timeout=None):
+    """One command to every process, with `values[i]` for environment i -> their answers."""
+    for group, (_, pipe) in zip(envs.groups, envs.workers):
+        with contextlib.suppress(OSError):  # it is dead: `receive` says so
+            pipe.send((command, [values[index] for index in group]))
+    return [receive(envs, number, timeout) for number in range(len(envs.workers))]
+
+
+def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
+    """That many environments, in as many processes as there are cores -> envs, O, A. EnvFailure if one cannot be made.
+
+    Call it before JAX is used (fork copies no threads), or with start_method "spawn"."""
+    groups = np.array_split(np.arange(num_envs), min(num_envs, len(os.sched_getaffinity(0))))
+    envs = Envs(args, stream, drawn, [group.tolist() for group in groups], [], [])
+    return envs, *start_workers(envs, start_method)
+
+
+def start_workers(envs, start_method):
+    context = multiprocessing.get_context(start_method)
+    atexit.register(close_envs, envs)  # Python's own end would wait for them: they ignore SIGTERM
+    for group in envs.groups:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=env_worker, daemon=True,
+                                  args=(theirs, envs.args, envs.stream, group, envs.drawn))
+        process.start()
+        theirs.close()
+        envs.workers.append((process, ours))
+    try:
+        return [receive(envs, number, START_TIMEOUT) for number in range(len(envs.workers))][0]
+    except EnvFailure as failure:
+        close_envs(envs)
+        raise EnvFailure(f"{failure}{DRAWING_HINT * envs.drawn}")
+
+
+def close_envs(envs):
+    """End the environment processes."""
+    for process, pipe in envs.workers:
+        process.kill()
+        process.join()
+        pipe.close()
+    envs.workers.clear()
+
+
+def reset_envs(envs, episodes, taken=None):
+    """Begin episode `episodes[i]` in environment i and take the actions `taken[i]` (T_i, A) in it -> obs (E, O).
+
+    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
+    return np.concatenate(ask(envs, "reset", list(zip(episodes, taken or [[]] * len(episodes))), START_TIMEOUT))
+
+
+def step_envs(envs, action):
+    """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
+    simulator steps taken, then return, cost and length of the episode so far."""
+    obs, rows, stats = zip(*ask(envs, "step", action))
+    return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
+
+
+def restart_envs(envs, episodes, failure):
+    """All processes anew after a failure, at the start of those episodes -> obs (E, O).
+
+    EnvFailure after MAX_FAILURES since `envs.failures` was last emptied."""
+    while len(envs.failures) < MAX_FAILURES:
+        envs.failures.append(str(failure))
+        warn(f"{failure}; all are started anew")
+        close_envs(envs)
+        try:
+            start_workers(envs, "spawn")  # by now JAX has threads, which a fork would copy in whatever state they are
+            return reset_envs(envs, episodes)
+        except EnvFailure as again:
+            failure = again
+    raise EnvFailure(f"{failure} (after {MAX_FAILURES} new starts)")
+
+
+def warn(message):
+    """A line of its own on stderr, also while there is a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+def evaluate(args, agent, envs, num_episodes, stopping=(), bar=None):
+    """Play that many whole episodes without exploration noise -> one dict each (return, cost, length, balance, and
+    `played`, a Transition of arrays (T, ...)), and frames of the first one for `write_video`.
+
+    Episode i always has the same seed. Where a process fails, a batch of episodes is played again. Nothing is returned
+    once `stopping` is no longer empty."""
+    episodes, frames, num_envs = [], [], sum(map(len, envs.groups))
+    while len(episodes) < num_episodes:
+        first = len(episodes)
+        try:
+            batch, pictures = play(args, agent, envs, first, min(num_envs, num_episodes - first), stopping)
+        except EnvFailure as failure:
+            restart_envs(envs, [first] * num_envs, failure)
+            continue
+        if stopping:
+            return [], []
+        episodes, frames = episodes + batch, frames or pictures
+        if bar is not None:
+            bar.update(len(batch))
+    return episodes, frames
+
+
+def play(args, agent, envs, episode, count, stopping):
+    """What `evaluate` does with one batch: that episode of the first `count` environments, to its end in each."""
+    obs, rows, frames, ends = reset_envs(envs, [episode] * sum(map(len, envs.groups))), [], [], {}
+    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), action_size(agent))
+    padded = np.zeros((args.num_envs, obs.shape[1]), np.float32)  # so that `act` is compiled only once
+    while len(ends) < count and not stopping:
+        padded[:len(obs)] = obs
+        action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
+        obs, row, stats = step_envs(envs, np.asarray(action)[:len(obs)])
+        rows.append(row)
+        for index in set(np.flatnonzero(row.done[:count]).tolist()) - set(ends):
+            played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+            plans = float(actor.metrics["charts/balance"][index]) / len(rows)
+            ends[index] = dict(zip(("environment", "return", "cost", "length", "balance", "played"), (
+                episode + index, *stats[index, 1:3].tolist(), int(stats[index, 3]), plans, played)))
+        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", obs)[0]) is not None:
+            frames.append((picture, *stats[0, 1:3]))
+    return [ends[index] for index in sorted(ends)], frames
+
+
+def interval(values):
+    """Bounds of the mean: its 95% bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values)))
+    return np.percentile(drawn.mean(1), [2.5, 97.5])
+
+
+def summary(episodes, step, cost_rate, wall_time):
+    """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
+    returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
+    (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
+            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+class Progress(NamedTuple):
+    """Where a run is, on the host's side."""
+
+    step: int  # simulator steps, all environments together, were no episode ever shorter
+    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
+    simulated: int  # simulator steps really taken
+    cost: float  # of all training so far
+    acts: int  # agent steps that the sums in actor.metrics are over
+    episodes: np.ndarray  # (E,): number of the episode that each environment is in
+    is_first: np.ndarray  # (E,): whether nothing was done in it yet
+    obs: np.ndarray  # (E, O): what to act on next
+    rows: list  # of episodes.csv: every episode that has ended
+    wall_time: float  # seconds, until the run was last started
+
+
+class Run(NamedTuple):
+    """All that a run changes, and all that a checkpoint holds."""
+
+    agent: AgentState
+    actor: Actor
+    buffer: Buffer
+    progress: Progress
+
+
+CHECKPOINT_FORMAT = 2
+COLUMNS = ("split", "step", "environment", "return", "cost", "length")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write to, which takes the place of `path` once it is whole. OSError if there is no room."""
+    beside = path.with_name(path.stem.partition("_")[0] + ".tmp")  # all checkpoints' is one: a kill leaves no more
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_csv(path, columns, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def flatten(tree):
+    """A pytree as {path: NumPy array}; typed keys as their data."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return {jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_checkpoint(run_dir, run, wall_time):
+    """Write checkpoint_STEP.npz with everything that training needs to go on, without pickle; keep the one before."""
+    buffer = run.buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(run.buffer.size)], run.buffer.rows))
+    counters = run.progress._asdict() | {"wall_time": wall_time, "format": CHECKPOINT_FORMAT}
+    with replacing(run_dir / f"checkpoint_{run.progress.step}.npz") as file:
+        np.savez(file, counters=np.array(json.dumps(counters, default=lambda array: array.tolist())),
+                 **flatten({"agent": run.agent, "actor": run.actor, "buffer": buffer}))
+    for old in checkpoints(run_dir)[:-2]:
+        old.unlink()
+
+
+def checkpoints(run_dir):
+    """The checkpoints of a run, the newest last."""
+    found = [path for path in Path(run_dir).glob("checkpoint_*.npz") if path.stem.split("_")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.split("_")[1]))
+
+
+def load_checkpoint(run_dir, templates):
+    """The trees named in `templates` ({"agent": ..., ...}, of the right shapes) in the newest checkpoint; counters.
+
+    SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
+    def restore(leaf_path, leaf):
+        name = jax.tree_util.keystr(leaf_path)
+        saved = file[name]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(saved))
+        if name.startswith("['buffer'].rows") and saved.shape[1:] == leaf.shape[1:] and len(saved) <= len(leaf):
+            saved = np.concatenate([saved, np.zeros((len(leaf) - len(saved), *saved.shape[1:]), saved.dtype)])
+        if saved.shape != leaf.shape:
+            raise ValueError(f"{name} has shape {saved.shape}, expected {leaf.shape}")
+        return jnp.asarray(saved, leaf.dtype)
+
+    if not (found := checkpoints(run_dir)):
+        raise SystemExit(f"{run_dir} has no checkpoint: the run was killed before its first evaluation, start it anew")
+    try:
+        with np.load(found[-1], allow_pickle=False) as file:
+            counters = json.loads(str(file["counters"]))
+            if counters["format"] != CHECKPOINT_FORMAT:
+                raise ValueError(f"format {counters['format']} of another version")
+            return jax.tree_util.tree_map_with_path(restore, templates), counters
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
+        raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
+
+
+def make_run_dir(args):
+    """The run's directory, new, with args.json: all flags, package versions, the git commit."""
+    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    packages = ("jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    info = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "git_commit": git.stdout.strip() or None,
+            "python": sys.version.split()[0], "packages": {name: importlib.metadata.version(name) for name in packages}}
+    try:
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
+    except OSError as error:
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {error.strerror}: {error.filename}")
+    return run_dir
+
+
+def reason(error):
+    """An OSError in one line; some libraries' own have nothing but a text."""
+    return error.strerror or str(error).partition("\n")[0]
+
+
+def attempt(write, *arguments):
+    """Write, or warn that there is no room on the disk."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'}; training goes on")
+
+
+class Logs(NamedTuple):
+    run_dir: Path
+    lock: io.IOBase  # held while the process lives
+    writer: object  # TensorBoard
+    wandb_run: object  # Weights & Biases, or None
+
+
+def open_logs(args, run_dir):
+    """TensorBoard and, with --track, Weights & Biases, where a resumed run goes on -> Logs.
+
+    SystemExit if another process trains in that directory."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+    from tensorboard.summary import Writer
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    file = open(run_dir / "args.json", "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another process trains in {run_dir}")
+    except OSError:
+        pass  # a file system without locks
+    flags, wandb_run = {name: "" if value is None else value for name, value in vars(args).items()}, None
+    if args.track:
+        wandb_run = importlib.import_module("wandb").init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", config=flags,
+            group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
+    if not args.resume:
+        hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
+        hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
+        hparams.close()
+    return Logs(run_dir, file, Writer(str(run_dir)), wandb_run)
+
+
+def write_logs(logs, values, step):
+    """Numbers by tag."""
+    for tag, value in values.items():
+        logs.writer.add_scalar(tag, float(value), step)
+    logs.writer.flush()
+    if logs.wandb_run is not None:
+        logs.wandb_run.log({tag: float(value) for tag, value in values.items()} | {"step": step})
+
+
+def write_video(path, frames, wandb_run=None):
+    """An episode as mp4, one frame (picture, return and cost so far) per agent step."""
+    import imageio
+    from PIL import Image, ImageDraw
+
+    pictures = [Image.fromarray(picture) for picture, _, _ in frames]
+    for picture, (_, total, cost) in zip(pictures, frames):
+        ImageDraw.Draw(picture).text((12, 8), f"return {total:.1f}  cost {cost:.0f}", "white", font_size=24)
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings(action="ignore"):  # of os.fork(), by which imageio starts ffmpeg
+        imageio.mimwrite(path, list(map(np.asarray, pictures)), fps=20, macro_block_size=1)
+    if wandb_run is not None:
+        wandb_run.log({"video": importlib.import_module("wandb").Video(str(path))})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "capture_video", "track", "wandb_project_name",
+                  "wandb_entity", "runs_dir", "resume", "evaluate")
+
+
+def read_flags(argv, default):
+    """Args from the command line, shown in their groups; tyro says what it cannot read."""
+    groups = dataclasses.make_dataclass("Groups", [(group.__name__.lower(), group) for group in GROUPS])
+    take = lambda group: group(**{field.name: getattr(default, field.name) for field in dataclasses.fields(group)})
+    read = tyro.cli(groups, args=argv, default=groups(*map(take, GROUPS)), description=Args.__doc__,
+                    config=(tyro.conf.OmitArgPrefixes,))
+    return Args(**{name: value for group in vars(read).values() for name, value in vars(group).items()})
+
+
+def problems(args):
+    """What is wrong with the flags, one sentence each: values outside their fields' ranges, or else broken rules."""
+    found = []
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        low, high = next((x for x in getattr(hint, "__metadata__", ()) if type(x) is tuple), (-LARGE, LARGE))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            least = "positive" if 0 < low < 1 else f"at least {low:g}"
+            least = least if math.isfinite(value) and low > -LARGE else "a finite number"
+            found.append(f"{flag} must be {least}" + (f" and at most {high:.10g}" if high < LARGE else ""))
+    return found or [message for holds, message in rules(args) if not holds]
+
+
+def parse_args(argv=None):
+    """Flags from the command line; with --resume or --evaluate on top of those the run was started with.
+
+    SystemExit with one line for each flag that cannot be."""
+    args = read_flags(argv, Args())
+    args = read_flags(argv, dataclasses.replace(args, **PRESETS[args.preset]))
+    if run_dir := args.resume or args.evaluate:
+        try:
+            info = json.loads((Path(run_dir) / "args.json").read_text())
+            if info["script"] != Path(__file__).stem:
+                raise SystemExit(f"{run_dir} was made by {info['script']}.py: use that script")
+            saved = Args(**info["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
+        args = read_flags(argv, saved)
+        free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
+        changed = [name for name in vars(saved) if name not in free and getattr(args, name) != getattr(saved, name)]
+        if changed:
+            raise SystemExit(f"--{changed[0].replace('_', '-')} cannot differ from the run in {run_dir}")
+    if found := problems(args):
+        raise SystemExit("\n".join(found))
+    return args
+
+
+def check_env_id(env_id):
+    """SystemExit with the nearest names if Safety-Gymnasium has no such task."""
+    try:
+        import_safety_gymnasium()
+        from safety_gymnasium.utils.registration import safe_registry
+    except Exception as error:
+        raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
+    if env_id not in safe_registry:
+        flat = [name for name in safe_registry if "Vision" not in name and "Debug" not in name]
+        near = ", ".join(difflib.get_close_matches(env_id, flat)) or "for example SafetyPointGoal1-v0"
+        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
+
+
+def check_machine(args):
+    """SystemExit if the task, the place for runs or the login for --track is not there."""
+    check_env_id(args.env_id)
+    runs_dir = Path(args.runs_dir).absolute()
+    place = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise SystemExit(f"--runs-dir {args.runs_dir}: {place} is not a directory that can be written to")
+    if args.track:
+        try:
+            wandb, sent = importlib.import_module("wandb"), os.environ.get("WANDB_MODE") not in ("offline", "disabled")
+            if sent and not wandb.login():
+                raise OSError("nobody is logged in: wandb login, or WANDB_MODE=offline")
+        except Exception as error:  # a broken installation raises anything
+            raise SystemExit(f"--track: Weights & Biases cannot be used: {error}")
+
+
+def check_device(args, sizes):
+    """SystemExit if JAX has no device, or too small a one for the replay buffer."""
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS asks for what is not there
+        why = str(error).partition("\n")[0]
+        raise SystemExit(f"JAX finds no device: {why} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})")
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, *sizes))))
+    memory = device.memory_stats() or {}  # a CPU has none
+    there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if needed > there and not args.evaluate:
+        raise SystemExit(f"the replay buffer needs {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}: lower "
+                         "--buffer-size")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+def cycle_end(args, completed):
+    """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
+    following = (completed // args.train_every + 1) * args.train_every
+    return min(max(following, args.learning_starts), args.total_timesteps)
+
+
+def require_finite(name, values, step):
+    """SystemExit if a number of an environment, in values (E, ...), is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(-1))
+    if len(bad):
+        raise SystemExit(f"{name} of environment {bad[0]} is not finite at step {step:,}; the last checkpoint stays as "
+                         "it is")
+
+
+def begin(args, envs, sizes):
+    """A run at its first moment, or with --resume at that of its newest checkpoint.
+
+    On the same machine and versions its environments are there to the last bit. Where they are not, unfinished
+    episodes are cut."""
+    check_device(args, sizes)
+    key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
+    trees = {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
+             "buffer": init_buffer(args, *sizes)}
+    if not args.resume:
+        first = np.zeros(args.num_envs, int)
+        return Run(**trees, progress=Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0))
+    trees, counters = load_checkpoint(args.resume, trees)
+    if counters["completed"] >= args.total_timesteps:
+        raise SystemExit(f"{args.resume} is at step {counters['step']:,} already: raise --total-timesteps to go on")
+    arrays = {"episodes": int, "is_first": bool, "obs": np.float32}
+    progress = Progress(**{name: np.array(counters[name], arrays[name]) if name in arrays else counters[name]
+                           for name in Progress._fields})
+    run = Run(**trees, progress=progress)
+    if np.array_equal(reset_envs(envs, progress.episodes, unfinished(run.buffer)), progress.obs):
+        return run
+    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
+    return cut(run, reset_envs(envs, progress.episodes + 1))
+
+
+def unfinished(buffer):
+    """E times (T_i, A): the actions taken in the environments' unfinished episodes, as far as the ring has them."""
+    order = np.arange(int(buffer.head) - int(buffer.size), int(buffer.head))  # a negative index is an older row
+    done, actions = np.asarray(buffer.rows.done)[order], np.asarray(buffer.rows.action)[order]
+    return [actions[np.flatnonzero([1, *ends])[-1]:, index] for index, ends in enumerate(done.T)]
+
+
+def cut(run, obs):
+    """The run with all its episodes ended by truncation, before the first step, from obs (E, O), of the next ones."""
+    episodes, first = run.progress.episodes + 1, np.ones(len(obs), bool)
+    return run._replace(buffer=cut_episodes(run.buffer, first), progress=run.progress._replace(
+        episodes=episodes, is_first=first, obs=obs))
+
+
+def collect(args, envs, run):
+    """One agent step of every environment -> run, seconds spent in `act`. Where a process fails, all episodes end by
+    truncation; EnvFailure with the run as its `run` after too many failures."""
+    began, progress, actor, acts = time.time(), run.progress, run.actor, run.progress.acts
+    if progress.step < args.learning_starts:
+        random = np.random.default_rng((args.seed, 3, progress.step))
+        action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
+    else:
+        action, actor = act(args, run.agent, actor, progress.obs, progress.is_first, True)
+        action, acts = np.asarray(action), acts + 1
+    run, seconds = run._replace(actor=actor, progress=progress._replace(acts=acts)), time.time() - began
+    step = progress.step + args.num_envs * args.action_repeat
+    require_finite("action", action, step)
+    try:
+        obs, row, stats = step_envs(envs, action)
+    except EnvFailure as failure:
+        try:
+            return cut(run, restart_envs(envs, progress.episodes + 1, failure)), seconds
+        except EnvFailure as last:
+            last.run = run  # the one before has given its actor away
+            raise
+    for name, values in {"observation": np.concatenate([obs, row.next_obs], -1), "reward": row.reward,
+                         "cost": row.cost}.items():
+        require_finite(name, values, step)
+    ended = [["train", step, index, *stats[index, 1:3].tolist(), int(stats[index, 3])]
+             for index in np.flatnonzero(row.done).tolist()]
+    return run._replace(buffer=add(run.buffer, row), progress=progress._replace(
+        step=step, simulated=progress.simulated + int(stats[:, 0].sum()), cost=progress.cost + float(row.cost.sum()),
+        acts=acts, episodes=progress.episodes + (row.done > 0), is_first=row.done > 0, obs=obs,
+        rows=progress.rows + ended if ended else progress.rows)), seconds
+
+
+def show(bar, doing):
+    """What takes time now, in the progress bar."""
+    if bar.desc != doing + ": " * bool(doing):
+        bar.set_description(doing)
+
+
+def cycle(args, envs, run, bar, stopping):
+    """Collect until the next block of updates, then update -> run, numbers by tag, an EnvFailure or None.
+
+    It ends early where `stopping` fills."""
+    began, acting, values, end = time.time(), 0.0, {}, cycle_end(args, run.progress.completed)
+    while run.progress.step < end and not stopping:
+        acted = run.progress.step - args.learning_starts
+        show(bar, "compiling" if 0 <= acted < args.num_envs * args.action_repeat else "")
+        try:
+            run, seconds = collect(args, envs, run)
+        except EnvFailure as failure:
+            return failure.run, values, failure
+        acting, _ = acting + seconds, bar.update(run.progress.step - bar.n)
+    collected, step = time.time(), run.progress.step
+    due = updates_due(args, step) if step >= args.learning_starts else 0
+    at_once = math.gcd(updates_due(args, args.train_every), 100)  # the bar moves
+    while int(run.agent.num_updates) + at_once <= due and not stopping:
+        show(bar, "updating" if int(run.agent.num_updates) else "compiling")
+        agent, metrics = update_many(args, run.agent, run.buffer, at_once)
+        run, values = run._replace(agent=agent), jax.device_get(metrics)
+        if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
+            raise SystemExit(f"{', '.join(bad)} not finite at step {step:,}; the last checkpoint stays as it is")
+    total = time.time() - began
+    return run, values | {"time/act": acting / total, "time/env": (collected - began - acting) / total,
+                          "time/update": 1 - (collected - began) / total}, None
+
+
+def report(logs, bar, run, values):
+    """Write and show a cycle's numbers -> run, its sums begun anew."""
+    progress, metrics = run.progress, jax.device_get(run.actor.metrics)
+    values |= {tag: np.mean(x) / progress.acts for tag, x in metrics.items() if progress.acts}
+    if rows := [row[3:] for row in progress.rows if row[0] == "train" and row[1] > progress.completed]:
+        tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
+        values |= dict(zip(tags, np.mean(rows, axis=0)))
+    values |= {"charts/cost_rate": progress.cost / progress.simulated}
+    attempt(write_logs, logs, values, progress.step)
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, progress.rows)
+    shown = {"balance": ("charts/balance", ".0%"), "return": ("charts/episodic_return", ".1f"),
+             "cost": ("charts/episodic_cost", ".0f"), "cost_rate": ("charts/cost_rate", ".4f")}
+    bar.set_postfix({name: format(values[tag], form) for name, (tag, form) in shown.items() if tag in values})
+    return run._replace(actor=run.actor._replace(metrics=jax.tree.map(jnp.zeros_like, run.actor.metrics)),
+                        progress=progress._replace(acts=0))
+
+
+def report_evaluation(args, logs, run, episodes, frames):
+    """Write an evaluation -> run, with its episodes among the rows and its cycle completed."""
+    step = run.progress.step
+    tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
+    values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
+    attempt(write_logs, logs, values | critic_metrics(args, run.agent, episodes), step)
+    if frames:
+        attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
+    rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
+    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, rows)
+    return run._replace(progress=run.progress._replace(rows=rows, completed=step))
+
+
+def train(args, stopping=()):
+    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes.
+
+    As soon as the sequence `stopping` is not empty (a signal fills it), the step is finished, a checkpoint written and
+    the run left. SystemExit with one line for what cannot go on; EnvFailure if an environment cannot be made."""
+    check_machine(args)
+    with contextlib.ExitStack() as stack:
+        envs, *sizes = start_envs(args, 0, args.num_envs)
+        stack.callback(close_envs, envs)
+        eval_envs, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+        stack.callback(close_envs, eval_envs)
+        return learn(args, envs, eval_envs, sizes, stopping)  # from here on JAX takes threads
+
+
+def learn(args, envs, eval_envs, sizes, stopping):
+    """What `train` does once its environments have started."""
+    logs = open_logs(args, Path(args.resume)) if args.resume else None
+    run = begin(args, envs, sizes)
+    logs = logs or open_logs(args, make_run_dir(args))
+    print(f"{logs.run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}", flush=True)
+    if jax.default_backend() == "cpu" and (line := advice(args)):
+        print(line, flush=True)
+    began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
+    bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
+               mininterval=1.0 if sys.stderr.isatty() else 60.0)
+    failure = None
+    with bar:
+        while run.progress.completed < args.total_timesteps:
+            run, values, failure = cycle(args, envs, run, bar, stopping)
+            if stopping or failure:
+                break
+            step = run.progress.step
+            values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
+            run = report(logs, bar, run, values)
+            if step >= args.total_timesteps or args.eval_every and step % args.eval_every == 0:
+                show(bar, "evaluating")
+                try:
+                    episodes, frames = evaluate(args, run.agent, eval_envs, args.eval_episodes, stopping)
+                except EnvFailure as error:
+                    failure = error
+                if stopping or failure:
+                    break
+                run = report_evaluation(args, logs, run, episodes, frames)
+                attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+                bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
+                sys.stdout.flush()  # at once, into a file too
+            else:
+                run = run._replace(progress=run.progress._replace(completed=step))
+            envs.failures.clear()
+            eval_envs.failures.clear()
+    if stopping or failure:
+        attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+        warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}")
+    attempt(logs.writer.close)
+    if failure:
+        raise failure
+    return episodes
+
+
+def evaluate_run(args):
+    """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
+    check_machine(args)
+    run_dir, began = Path(args.evaluate), time.time()
+    envs, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_envs, envs)
+        check_device(args, sizes)
+        template = {"agent": init_agent(args, jax.random.key(args.seed), *sizes)}
+        trees, counters = load_checkpoint(run_dir, template)
+        with tqdm(total=args.eval_episodes, unit="episode") as bar:
+            episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
+    print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
+    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
+        print(f"{tag} {value:.3g}")
+    columns = (*COLUMNS, "balance")
+    try:
+        write_csv(run_dir / "evaluation.csv", columns, [
+            ["eval", counters["step"], *(episode[name] for name in columns[2:])] for episode in episodes])
+        if frames:
+            write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
+    except OSError as error:
+        raise SystemExit(f"{run_dir}: {reason(error)}: the lines above were not written to a file")
+    return episodes
+
+
+def heed_signals(stopping):
+    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process.
+
+    A thread reads what the C handlers write: Python's own would wait until JAX gives control back."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch():
+        while True:
+            for number in os.read(reading, 16):
+                if stopping and number == signal.SIGINT:
+                    os._exit(128 + number)
+                stopping.append(number)
+                print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
+
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(argv=None):
+    """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
+    with contextlib.suppress(AttributeError):  # a notebook's is no file
+        sys.stdout.reconfigure(errors="replace")  # where there is no "±"
+    args, stopping = parse_args(argv), []
+    if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
+    try:
+        if args.evaluate:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
+            evaluate_run(args)
+        else:
+            heed_signals(stopping)
+            train(args, stopping)
+    except EnvFailure as failure:
+        raise SystemExit(str(failure))
+    if stopping:
+        sys.stdout.flush()
+        os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
+
+
+if __name__ == "__main__":
+    main()
