@@ -507,14 +507,14 @@ class Latent(NamedTuple):
 def init_model(args, key, obs_dim, action_dim):
     """Weights by name: encoder and decoder, the recurrent model, and heads for reward, cost and continuation."""
     stoch, pictures = args.stoch * args.classes, args.inputs == "vision"
-    features, head = args.deter + stoch, partial(init_mlp, units=args.units, num_layers=args.head_layers)
+    size, head = args.deter + stoch, partial(init_mlp, units=args.units, num_layers=args.head_layers)
     keys = iter(jax.random.split(key, 10))
     if pictures:
-        encoder, decoder = init_pictures(args, next(keys), features)
+        encoder, decoder = init_pictures(args, next(keys), size)
         embedding = PIXELS**2 // 4**DOUBLINGS * args.channels * 2**(DOUBLINGS - 1)
     else:
         encoder = init_mlp(next(keys), spread_obs(args, jnp.zeros(obs_dim)).size, args.units, args.enc_layers)
-        decoder, embedding = init_mlp(next(keys), features, args.units, args.enc_layers, obs_dim), args.units
+        decoder, embedding = init_mlp(next(keys), size, args.units, args.enc_layers, obs_dim), args.units
     return {
         "encoder": encoder,
         "decoder": decoder,
@@ -523,9 +523,9 @@ def init_model(args, key, obs_dim, action_dim):
         "gru": hidden(next(keys), args.deter + args.units, 3 * args.deter),
         "prior": init_mlp(next(keys), args.deter, args.units, 1, stoch),
         "posterior": init_mlp(next(keys), args.deter + embedding, args.units, 1, stoch),
-        "reward": head(next(keys), features, out=args.num_bins, out_scale=0.0),
-        "cost": head(next(keys), features, out=args.num_bins),
-        "continue": head(next(keys), features, out=1),
+        "reward": head(next(keys), size, out=args.num_bins, out_scale=0.0),
+        "cost": head(next(keys), size, out=args.num_bins),
+        "continue": head(next(keys), size, out=1),
     }
 
 
