@@ -41,6 +41,15 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly(request):
+    """Scripts that this module's tests run compile as the tests do, but for the long ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.option.markexpr:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
 

@@ -388,6 +388,7 @@ def test_the_best_under_a_limit_is_found(fast):
     assert 55.0 < float(metrics["lagrangian/cost"]) < 65.0
 
 
+@pytest.mark.long
 def test_the_unconstrained_optimum_is_found(fast):
     """A limit that is not reached."""
     x, _, metrics = practise(cpo, PRACTISE, 60, price=1.0)

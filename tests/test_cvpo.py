@@ -773,6 +773,7 @@ def test_the_best_policy_within_the_limit(fast, limit):
     assert metrics["lagrangian/lambda"] > 0.1 and abs(metrics["lagrangian/violation"]) < 0.1
 
 
+@pytest.mark.long
 def test_without_a_limit_the_best_policy_of_all(fast):
     action, _, metrics = learn(Args(**PROBE, cost_limit=100.0))
     assert action == pytest.approx(0.4, abs=0.08)

@@ -23,6 +23,8 @@ from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, checkpoint, environmen
 
 import spowl_continuous as spowl
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes that die

@@ -15,6 +15,8 @@ from test_train import POINT, SCRIPT, TINY, checkpoint, command, one_line, run, 
 
 import spowl_continuous as spowl
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ANT = TINY + ("--env-id SafetyAntGoal1-v0 --total-timesteps 2000 --buffer-size 400 --eval-every 500 --eval-episodes 1"
               ).split()
 FLAGS = {"point": POINT + ["--eval-every", "500"], "ant": ANT}
