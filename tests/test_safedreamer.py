@@ -614,7 +614,8 @@ def is_up(cue, action, step):
     return action, (action > 0).astype(np.float32)
 
 
-@pytest.mark.parametrize("method", ["bsrp_lag", pytest.param("osrp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["bsrp_lag", "osrp"])
 def test_the_constraint_acts(fast, method):
     faster = dict(lambda_init=0.0, mu_init=1e-3, mu_growth=1e-2) if method == "bsrp_lag" else {}
     _, cost = learn(Args(**PROBE, method=method, cost_limit=0.3, **faster), is_up, 100)
