@@ -53,7 +53,8 @@ state, S variables of C classes, F = D + S C features, M bins. "Steps" are simul
 
 Shares with spowl_continuous.py what surrounds the method, and
     same: whole, Whole, LARGE, Count, Natural, Positive, NotNegative, Share - numbers on the command line
-    same: symlog, symexp, transform_obs, bin_weights, spread_obs, two_hot, read_out, cross_entropy - read-outs, lidars
+    same: symlog, symexp, two_hot, read_out, cross_entropy - read-outs
+    same: transform_obs, bin_weights, OBS_BINS, OBS_LIMIT, spread_obs - lidars
     same: Transition, Buffer, cut_episodes, updates_due, action_size - the replay ring; counts
     same: auc, cost_to_go, read_and_followed - what a cost critic knew
     own: make_env - of what surrounds the method: cameras
@@ -377,7 +378,8 @@ def bin_weights(position, num_bins):
     return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
 
 
-OBS_BINS, OBS_LIMIT = 8, 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
+OBS_BINS = 8
+OBS_LIMIT = 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
 
 
 def spread_obs(args, obs):
@@ -632,7 +634,7 @@ def world_model_loss(model, args, batch, key):
     every = jax.tree.map(lambda first, after: jnp.concatenate([first, after]), first, latents)
     after, before = jnp.concatenate([first_logits, after_logits]), prior(args, model, every.deter)
     stop = jax.lax.stop_gradient
-    divergence, dynamics, representation = kl(after, before), kl(stop(after), before), kl(after, stop(before))
+    dynamics, representation = kl(stop(after), before), kl(after, stop(before))  # the same number, other gradients
     seen = jnp.concatenate([batch.obs[:1], batch.next_obs])
     error = jnp.sum((decode(args, model, every) - seen) ** 2, -1)
     heads = {name: mlp(model[name], features(latents)) for name in ("reward", "cost", "continue")}
@@ -649,7 +651,7 @@ def world_model_loss(model, args, batch, key):
              + args.dynamics_coef * jnp.mean(jnp.maximum(args.free_bits, dynamics))
              + args.representation_coef * jnp.mean(jnp.maximum(args.free_bits, representation)))
     metrics = {f"losses/{name}": value for name, value in losses.items()}
-    return total, (metrics | {"losses/kl": jnp.mean(divergence), "losses/total": total}, latents)
+    return total, (metrics | {"losses/kl": jnp.mean(dynamics), "losses/total": total}, latents)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -874,7 +876,7 @@ def sample(args, buffer, key):
 # Acting
 # ----------------------------------------------------------------------------------------------------------------------
 def evaluate_plans(args, agent, latent, actions, key):
-    """Latent (...), (H, N, A) -> J (N,), cost (N,) predicted for an episode, metrics not.
+    """Latent (...), (H, N, A) -> J (N,), the cost predicted for an episode (N,).
 
     J is the lambda-return of reward at the first step, under osrp_lag less lambda_p times that of cost. The predicted
     cost is the sum over the H steps times episode_length / H, as the reference has it, whatever the action repeat."""
@@ -1149,14 +1151,14 @@ def critic_metrics(args, agent, episodes):
 # ----------------------------------------------------------------------------------------------------------------------
 def with_cameras(env):
     """The environment with flat pictures (64 * 64 * 6,) in [0, 1] as observations: RGB of the robot's camera, and of
-    the same one turned to its back."""
+    the same one turned to its back. They are drawn when they are made an array, not at every step of a repeat."""
     import gymnasium
     import mujoco
     from gymnasium.envs.mujoco import mujoco_rendering
 
     task, viewers = env.unwrapped.task, []
 
-    def look():
+    def look(dtype=None, copy=None):
         model, data = task.model, task.data
         if not viewers:
             model.vis.global_.offwidth, model.vis.global_.offheight = PIXELS, PIXELS
@@ -1172,15 +1174,17 @@ def with_cameras(env):
             pictures.append(viewer.render("rgb_array", camera.id))
         camera.pos[:], camera.quat[:] = place, turn
         mujoco.mj_camlight(model, data)
-        return (np.concatenate(pictures, -1) / 255.0).ravel()
+        return (np.concatenate(pictures, -1) / 255.0).ravel().astype(dtype)
+
+    view = type("View", (), {"__array__": staticmethod(look)})()  # of the state at that moment
 
     def reset(**options):
         _, info = env.reset(**options)
-        return look(), info
+        return view, info
 
     def step(action):
         _, *others = env.step(action)
-        return look(), *others
+        return view, *others
 
     def render():
         for viewer in task._viewers.values():  # others have drawn since

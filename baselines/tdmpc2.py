@@ -327,7 +327,8 @@ def bin_weights(position, num_bins):
     return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
 
 
-OBS_BINS, OBS_LIMIT = 8, 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
+OBS_BINS = 8
+OBS_LIMIT = 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
 
 
 def spread_obs(args, obs):

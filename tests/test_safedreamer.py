@@ -541,21 +541,11 @@ def test_the_actor_draws_in_evaluation_too():
 # ----------------------------------------------------------------------------------------------------------------------
 def test_critic_metrics_of_episodes_of_unequal_length():
     """Read as one by one: what is padded changes nothing."""
-    agent = random_agent()
     episodes = [{"played": jax.tree.map(lambda x: x[:length, 0], random_batch(seed, 0.0, (8, 1)))} for seed, length in
                 ((0, 8), (1, 5))]
     for episode in episodes:
         episode["played"].cost[:] = episode["played"].cost > 1.0
-    metrics, read = sd.critic_metrics(ARGS, agent, episodes), []
-    assert 0.0 <= metrics["critic/cost_auc"] <= 1.0
-    for episode in episodes:
-        played = episode["played"]
-        _, value = sd.read_costs(ARGS, agent, jax.tree.map(lambda x: x[:, None], played), jax.random.key(0))
-        read.append(np.asarray(value)[:, 0])
-        inside = np.concatenate([[False], played.cost[:-1] > 0])
-        episode["outside"] = read[-1][~inside]
-    assert len(episodes[0]["outside"]) + len(episodes[1]["outside"]) < 13
-    # the first step's value depends on a draw of its own key and place; with one class there is nothing to draw
+    # with one class there is nothing to draw, which would depend on the shapes
     args = small_args(stoch=1, classes=1)
     agent = random_agent(args)
     metrics, values = sd.critic_metrics(args, agent, episodes), []
@@ -650,23 +640,27 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 os.environ.setdefault("MUJOCO_GL", "egl")
 import numpy as np, safedreamer as sd
+from gymnasium.envs.mujoco import mujoco_rendering
 args = sd.Args(inputs="vision")
 one, two = sd.make_env(args, False), sd.make_env(args, True)
 assert one.observation_space.shape == (64 * 64 * 6,)
-start, _ = one.reset(seed=3)
-same, _ = two.reset(seed=3)
+take = lambda env, *action: np.asarray((env.step(*action) if action else env.reset(seed=3))[0])
+start, same = take(one), take(two)
 assert np.array_equal(start, same) and 0 <= start.min() and start.max() <= 1 and start.std() > 0.05
 views = start.reshape(64, 64, 6)
 assert np.abs(views[..., :3] - views[..., 3:]).mean() > 0.01
 assert two.render().shape == (512, 512, 3)
 for _ in range(5):
-    moved, *_ = one.step(np.array([1.0, 1.0]))
-    again, *_ = two.step(np.array([1.0, 1.0]))
+    moved, again = take(one, np.array([1.0, 1.0])), take(two, np.array([1.0, 1.0]))
     assert np.array_equal(moved, again)
     two.render()
 assert np.abs(moved - start).mean() > 1e-3
-other, _ = one.reset(seed=4)
-fresh, _ = sd.make_env(args, False).reset(seed=4)
+other, fresh = (np.asarray(env.reset(seed=4)[0], np.float32) for env in (one, sd.make_env(args, False)))
+assert other.dtype == np.float32
+drawn, render = [], mujoco_rendering.OffScreenViewer.render
+mujoco_rendering.OffScreenViewer.render = lambda *args: drawn.append(1) or render(*args)
+steps = [one.step(np.zeros(2)) for _ in range(5)]
+assert not drawn and len(np.asarray(steps[-1][0])) == 64 * 64 * 6 and len(drawn) == 2
 assert np.array_equal(other, fresh) and np.abs(other - start).mean() > 0.01
 """
 
