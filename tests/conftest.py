@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.key_reuse import _core as key_reuse
 
 from spowl_continuous import AgentState, Args, init_agent
@@ -37,8 +38,20 @@ def forget_compiled():
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """Where the tests' runs go. What one of them compiles is kept for the next."""
+    """Where the tests' runs go."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """What one file or one of the tests' runs compiles is kept on disk for the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+                            "persistent_cache_min_compile_time_secs": 0.0}.items():
+            jax.config.update(f"jax_{name}", value)
+            patch.setenv(f"JAX_{name.upper()}", str(value))
+        compilation_cache.reset_cache()  # where something was compiled before, the place was settled with it
+        yield
 
 
 @pytest.fixture(scope="module")

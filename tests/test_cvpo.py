@@ -826,7 +826,7 @@ def test_interrupted_and_resumed_to_the_last_bit(small_run, place):
     """Ctrl-C after the first evaluation: exit status 130 and a checkpoint; it goes on to the same end."""
     runs = place / "cvpo_interrupted"
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(SCRIPT), "--runs-dir", str(runs), *POINT]
-    process = subprocess.Popen(words, cwd=place, env=environment(place) | QUICK, text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(words, cwd=place, env=environment() | QUICK, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     try:
         while not (line := process.stdout.readline()).startswith("step "):

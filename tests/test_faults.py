@@ -212,7 +212,7 @@ def test_training_goes_on_where_no_checkpoint_fits(place):
     """No file may grow beyond 40 kB: csv and logs fit, checkpoints do not. Warnings, no half-written file, exit 0."""
     runs = place / "full"
     words = [sys.executable, "-c", LIMITED, "40000", sys.executable, SCRIPT, "--runs-dir", runs, *POINT]
-    variables = environment(place) | {"JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # none cut off
+    variables = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # none cut off
     finished = subprocess.run([str(word) for word in words], cwd=place, env=variables, capture_output=True, text=True,
                               timeout=600)
     (directory,) = runs.iterdir()
@@ -382,7 +382,7 @@ def test_losses_that_explode_end_a_run(place):
     """A step size that blows everything up: one line, exit status 1, nothing saved."""
     runs = place / "exploded"
     words = [sys.executable, SCRIPT, "--runs-dir", runs, *POINT, "--learning-rate", "1e30"]
-    finished = subprocess.run([str(word) for word in words], cwd=place, env=environment(place), capture_output=True,
+    finished = subprocess.run([str(word) for word in words], cwd=place, env=environment(), capture_output=True,
                               text=True, timeout=600)
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
     last = finished.stderr.splitlines()[-1]

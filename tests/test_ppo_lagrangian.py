@@ -701,7 +701,7 @@ def check_resumed(place, script, straight):
     """Ctrl-C to the whole group after the first evaluation, then --resume: the end of the uninterrupted run."""
     runs = place / f"interrupted{len(list(place.iterdir()))}"
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(script), "--runs-dir", str(runs), *FLAGS]
-    process = subprocess.Popen(words, cwd=place, env=environment(place), text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(words, cwd=place, env=environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     while not (line := process.stdout.readline()).startswith("step 2,000"):
         assert line, process.stderr.read()

@@ -764,7 +764,7 @@ def test_interrupted_and_resumed_to_the_last_bit(small_run, place, method):
     expected_run, runs = small_run(method), place / f"safedreamer_{method}"
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(SCRIPT), "--runs-dir", str(runs), *POINT,
              "--method", method]
-    process = subprocess.Popen(words, cwd=place, env=environment(place) | QUICK, text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(words, cwd=place, env=environment() | QUICK, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     try:
         while not (line := process.stdout.readline()).startswith("step "):

@@ -35,30 +35,34 @@ def at_scale(scale):
     return [path for path in GRIDS if f"  {scale}:" in path.read_text()]
 
 
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory):
+    """Scale -> committed grid -> its runs."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    return {scale: {path.stem: sweep.jobs_of(read_grid(path, scale), runs_dir) for path in at_scale(scale)}
+            for scale in ("paper", "recipe", "two_cores")}
+
+
 @pytest.mark.parametrize("scale, runs", [("paper", {"fig3": 18, "fig4": 12, "fig6": 9, "fig7": 9, "fig8": 21,
                                                     "fig9": 15, "table1": 42, "baselines": 21}),
                                          ("recipe", {"fig3": 9, "fig4": 9, "fig6": 9, "fig7": 6, "fig8": 8, "fig9": 10,
                                                      "table1": 9}),
                                          ("two_cores", {"baselines": 14})])
-def test_the_committed_grids(tmp_path, scale, runs):
+def test_the_committed_grids(grids, scale, runs):
     """Counted by hand; every run has a name of its own, and flags that its script takes."""
-    found = {}
-    for path in at_scale(scale):
-        jobs = sweep.jobs_of(read_grid(path, scale), tmp_path)
-        found[path.stem] = len({job.name for job in jobs})
-        assert len(jobs) == found[path.stem]
+    assert {name: len({job.name for job in jobs}) for name, jobs in grids[scale].items()} == runs
+    for jobs in grids[scale].values():
+        assert len({job.name for job in jobs}) == len(jobs)
         assert {job.steps for job in jobs} == {"paper": {5_000_000}, "recipe": {100_000},
                                                "two_cores": {5_000_000, 2_000_000, 300_000}}[scale]
-    assert found == runs
 
 
-def test_the_same_run_has_the_same_flags_in_every_grid(tmp_path):
+def test_the_same_run_has_the_same_flags_in_every_grid(grids):
     """So that figures can share runs."""
     for scale in ("paper", "recipe"):
         flags = {}
-        for path in at_scale(scale):
-            for job in sweep.jobs_of(read_grid(path, scale), tmp_path):
-                assert flags.setdefault(job.name, job) == job
+        for job in sum(grids[scale].values(), []):
+            assert flags.setdefault(job.name, job) == job
 
 
 def test_scripts_are_read_beside_modules_of_the_same_name():
@@ -456,7 +460,7 @@ def test_real_runs_on_a_cluster_that_loses_a_node(tmp_path, start, place, cluste
     yaml_flags = ", ".join(f"{name[2:]}: {value}" for name, value in zip(flags[:-2:2], flags[1:-2:2]))
     grid = grid_file(tmp_path, f"title: t\ntasks: [SafetyPointGoal1-v0]\nscales:\n  tiny: {{seeds: [1, 2], flags: "
                                f"{{{yaml_flags}}}}}\nsettings:\n  real: {{label: real, script: spowl_continuous.py}}\n")
-    for name, value in environment(place).items():
+    for name, value in environment().items():
         monkeypatch.setenv(name, value)
     process = start(grid, "--address", cluster.address)
     wait_for(process, tmp_path / "runs", "*__real__*/checkpoint_1000.npz", count=2)

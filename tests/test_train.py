@@ -44,17 +44,15 @@ critic/followed_outside time/env time/act time/update""".split()
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 # ----------------------------------------------------------------------------------------------------------------------
-def environment(place):
-    """Variables for a run: on the CPU, with what is compiled kept on disk."""
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+def environment():
+    """Variables for a run: on the CPU."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+                         "PYTHONUNBUFFERED": "1"}
 
 
 def command(place, *words, **variables):
     """Run python with those words in `place`, perhaps with more environment variables -> the finished process."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment(place) | variables,
+    return subprocess.run([sys.executable, *map(str, words)], cwd=place, env=environment() | variables,
                           capture_output=True, text=True, timeout=1800)
 
 
@@ -288,7 +286,7 @@ def test_another_seed_gives_other_numbers(point, other_seed):
 def can_draw(place):
     """Whether MuJoCo gets a picture without a screen on this machine (EGL), and why not."""
     code = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
-    finished = subprocess.run([sys.executable, "-c", code], env=environment(place) | {"MUJOCO_GL": "egl"},
+    finished = subprocess.run([sys.executable, "-c", code], env=environment() | {"MUJOCO_GL": "egl"},
                               capture_output=True, text=True, timeout=300)
     return finished.returncode == 0, finished.stderr.strip().rpartition("\n")[2]
 
@@ -443,7 +441,7 @@ os.execv(sys.argv[1], sys.argv[1:])"""
 def start(place, *flags, stderr=subprocess.PIPE):
     """Start the script in the background, in a process group of its own."""
     return subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, SCRIPT, *map(str, flags)], cwd=place,
-                            env=environment(place), text=True, stdout=subprocess.PIPE, stderr=stderr,
+                            env=environment(), text=True, stdout=subprocess.PIPE, stderr=stderr,
                             start_new_session=True)
 
 
