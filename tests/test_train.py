@@ -283,7 +283,7 @@ def test_another_seed_gives_other_numbers(point, other_seed):
 # ----------------------------------------------------------------------------------------------------------------------
 # --evaluate and video
 # ----------------------------------------------------------------------------------------------------------------------
-def can_draw(place):
+def can_draw():
     """Whether MuJoCo gets a picture without a screen on this machine (EGL), and why not."""
     code = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
     finished = subprocess.run([sys.executable, "-c", code], env=environment() | {"MUJOCO_GL": "egl"},
@@ -296,7 +296,7 @@ def evaluated(place, point):
     """A copy of the run, evaluated by one episode more than in training, with a video where one can be drawn."""
     directory = place / "evaluated" / point.dir.name
     shutil.copytree(point.dir, directory)
-    draws, reason = can_draw(place)
+    draws, reason = can_draw()
     finished = run(place, "--evaluate", directory, "--eval-episodes", 3, *(["--capture-video"] if draws else []))
     return types.SimpleNamespace(dir=directory, stdout=finished.stdout, draws=draws, reason=reason)
 
