@@ -1427,7 +1427,7 @@ def checkpoints(run_dir):
 
 
 def load_checkpoint(run_dir, templates):
-    """The trees named in `templates` ({"agent": ..., ...}, of the right shapes) in the newest checkpoint; counters.
+    """The trees named in `templates` ({"agent": ..., ...}, arrays or their shapes) in the newest checkpoint; counters.
 
     SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
     def restore(leaf_path, leaf):
@@ -1655,19 +1655,25 @@ def require_finite(name, values, step):
                          "it is")
 
 
+def fresh(args, sizes, key):
+    """Agent, actor and buffer at a run's first moment, by name."""
+    key_agent, key_actor = jax.random.split(key)
+    return {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
+            "buffer": init_buffer(args, *sizes)}
+
+
 def begin(args, envs, sizes):
     """A run at its first moment, or with --resume at that of its newest checkpoint.
 
     On the same machine and versions its environments are there to the last bit. Where they are not, unfinished
     episodes are cut."""
     check_device(args, sizes)
-    key_agent, key_actor = jax.random.split(jax.random.key(args.seed))
-    trees = {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
-             "buffer": init_buffer(args, *sizes)}
+    make, key = partial(fresh, args, sizes), jax.random.key(args.seed)
     if not args.resume:
         first = np.zeros(args.num_envs, int)
-        return Run(**trees, progress=Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0))
-    trees, counters = load_checkpoint(args.resume, trees)
+        progress = Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0)
+        return Run(**jax.jit(make)(key), progress=progress)
+    trees, counters = load_checkpoint(args.resume, jax.eval_shape(make, key))
     if counters["completed"] >= args.total_timesteps:
         raise SystemExit(f"{args.resume} is at step {counters['step']:,} already: raise --total-timesteps to go on")
     arrays = {"episodes": int, "is_first": bool, "obs": np.float32}
@@ -1856,8 +1862,8 @@ def evaluate_run(args):
     with contextlib.ExitStack() as stack:
         stack.callback(close_envs, envs)
         check_device(args, sizes)
-        template = {"agent": init_agent(args, jax.random.key(args.seed), *sizes)}
-        trees, counters = load_checkpoint(run_dir, template)
+        shapes = jax.eval_shape(partial(fresh, args, sizes), jax.random.key(0))
+        trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         with tqdm(total=args.eval_episodes, unit="episode") as bar:
             episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
     print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))

@@ -9,6 +9,7 @@ states that have seen the pictures so far, beyond it imagined from the actions a
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -82,9 +83,8 @@ def main(options):
     obs_dim = safedreamer.PIXELS**2 * safedreamer.COLOURS
     with np.load(safedreamer.checkpoints(options.run)[-1]) as file:
         actions = file["['buffer'].rows.action"].shape[-1]
-    buffer = jax.eval_shape(lambda: safedreamer.init_buffer(args, obs_dim, actions))
-    trees, _ = safedreamer.load_checkpoint(options.run, {
-        "agent": safedreamer.init_agent(args, jax.random.key(0), obs_dim, actions), "buffer": buffer})
+    shapes = jax.eval_shape(partial(safedreamer.fresh, args, (obs_dim, actions)), jax.random.key(0))
+    trees, _ = safedreamer.load_checkpoint(options.run, {name: shapes[name] for name in ("agent", "buffer")})
     buffer = trees["buffer"]
     order = np.arange(int(buffer.head) - int(buffer.size), int(buffer.head))  # oldest first
     rows = jax.tree.map(lambda x: np.asarray(x)[order, options.environment], buffer.rows)
