@@ -1,6 +1,7 @@
 """SafeDreamer: the recurrent model against NumPy, its losses, returns and multipliers by hand, the planner's elites by
 brute force; then a problem that needs memory and one with a cost limit, pictures, and real runs."""
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -621,6 +622,23 @@ def test_without_a_limit_the_best_of_all(fast):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", [2, 6])
+def test_a_convolution_and_its_transpose_by_loops(side):
+    """halve: y[i, j] = sum of x[2 i + k - 1, 2 j + l - 1] w[k, l]; double is its transpose."""
+    rng = np.random.default_rng(side)
+    x, y = rng.normal(size=(2, side, side, 3)), rng.normal(size=(2, side // 2, side // 2, 5))
+    w = rng.normal(size=(4, 4, 3, 5))
+    halved, doubled = np.zeros_like(y), np.zeros_like(x)
+    for i, j, k, l in itertools.product(range(side // 2), range(side // 2), range(4), range(4)):
+        row, column = 2 * i + k - 1, 2 * j + l - 1
+        if 0 <= row < side and 0 <= column < side:
+            halved[:, i, j] += x[:, row, column] @ w[k, l]
+            doubled[:, row, column] += y[:, i, j] @ w[k, l].T
+    to_float32 = lambda x: jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(sd.halve(to_float32(x), to_float32(w)), halved, atol=1e-4)
+    np.testing.assert_allclose(sd.double(to_float32(y), to_float32(w.swapaxes(2, 3))), doubled, atol=1e-4)
+
+
 def test_convolutions_by_hand():
     """One output of the first layer, and the sizes there and back."""
     args = small_args(inputs="vision", channels=2)
