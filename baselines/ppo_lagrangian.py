@@ -1290,8 +1290,9 @@ def check_device(args, sizes):
     memory = device.memory_stats() or {}  # a CPU has none
     there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if needed > there and not args.evaluate:
+        flag = "--buffer-size" if hasattr(args, "buffer_size") else "--train-every"  # of those that keep one rollout
         raise SystemExit(f"the replay buffer needs {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}: lower "
-                         "--buffer-size")
+                         f"{flag}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -661,6 +661,11 @@ def test_flags_that_cannot_be(words, told):
     assert stop.value.code.startswith(told) and "\n" not in stop.value.code
 
 
+def test_a_rollout_that_cannot_fit_is_refused():
+    with pytest.raises(SystemExit, match=r"^the replay buffer needs .*: lower --train-every$"):
+        ppo.check_device(parse_args("--train-every 2e10 --total-timesteps 2e10 --eval-every 0".split()), (60, 2))
+
+
 SCRIPT = ROOT / "baselines" / "ppo_lagrangian.py"
 FLAGS = ("--num-envs 2 --action-repeat 25 --train-every 2000 --total-timesteps 5000 --eval-every 2000 --hidden 8 "
          "--eval-episodes 2 --batch-size 16 --epochs 3").split()  # a rollout is one episode of each

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import types
 import warnings
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -580,7 +581,7 @@ def test_a_flipped_byte_is_noticed_or_harmless(copied, part):
     """Anywhere in the file: loading either gives the numbers that were saved or refuses in one line."""
     path = newest(copied)
     args = parse_args(["--evaluate", str(copied)])
-    template = {"agent": spowl.init_agent(args, jax.random.key(1), 60, 2), "buffer": spowl.init_buffer(args, 60, 2)}
+    template = jax.eval_shape(partial(spowl.fresh, args, (60, 2)), jax.random.key(1))
     intact = spowl.flatten(spowl.load_checkpoint(copied, template)[0])
     flip(path, int(part * path.stat().st_size))
     try:
@@ -594,8 +595,7 @@ def test_a_flipped_byte_is_noticed_or_harmless(copied, part):
 def test_a_loaded_checkpoint_holds_what_was_saved(copied):
     """Every array of agent, actor and buffer comes back with its bits and its type."""
     args = parse_args(["--evaluate", str(copied)])
-    template = {"agent": spowl.init_agent(args, jax.random.key(1), 60, 2), "buffer": spowl.init_buffer(args, 60, 2),
-                "actor": spowl.init_actor(args, jax.random.key(2), 2)}
+    template = jax.eval_shape(partial(spowl.fresh, args, (60, 2)), jax.random.key(1))
     trees, counters = spowl.load_checkpoint(copied, template)
     saved_counters, saved = checkpoint(copied)
     loaded = spowl.flatten(trees)
