@@ -98,20 +98,23 @@ def jobs_of(grid, runs_dir):
     modules = {script: load_script(script) for script in {entry["script"] for entry in grid.settings.values()}}
     for task in grid.tasks:
         next(iter(modules.values())).check_env_id(task)
-    jobs, mistakes = [], []
+    jobs, mistakes, parsed = [], [], {}
     for seed, task, (setting, entry) in itertools.product(grid.seeds, grid.tasks, grid.settings.items()):
         flags = words({"env-id": task, "exp-name": setting, "seed": seed, "runs-dir": runs_dir}
                       | grid.flags | entry["flags"])
-        boxed = io.StringIO()
+        module, boxed = modules[entry["script"]], io.StringIO()
         try:
             with redirect_stderr(boxed):
-                args = modules[entry["script"]].parse_args(flags)
+                if setting not in parsed:  # once: reading a command line takes a tenth of a second
+                    parsed[setting] = module.parse_args(flags)
         except SystemExit as stop:
             said = stop.code if isinstance(stop.code, str) else boxed.getvalue().splitlines()[1].strip("│ ")  # tyro's
             mistakes += [f"setting {setting}: {line}" for line in said.splitlines()]
             continue
+        args = dataclasses.replace(parsed[setting], env_id=task, seed=seed)
+        mistakes += [f"setting {setting}: {line}" for line in module.problems(args)]
         jobs.append(Job(f"{task}__{setting}__{seed}", entry["script"], tuple(flags), args.total_timesteps))
-        mistakes += differences(jobs[-1], runs_dir, modules[entry["script"]], args)
+        mistakes += differences(jobs[-1], runs_dir, module, args)
     if mistakes:
         raise SystemExit("\n".join(dict.fromkeys(mistakes)))
     return jobs

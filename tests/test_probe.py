@@ -66,6 +66,7 @@ def test_constant_reward_with_termination():
     assert np.allclose(q, 1.0, atol=0.05) and np.allclose(qc, 0.5, atol=0.03)
 
 
+@pytest.mark.long  # td_targets has it by hand
 def test_constant_reward_with_truncation():
     """Bootstrapping goes on from a truncated state: Q = r / (1 - gamma) = 2.5, Qc = c / (1 - gamma_c) = 0.8333."""
     states, actions = random_columns(1, 61)

@@ -432,8 +432,8 @@ def processes_of(node):
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
-@pytest.mark.parametrize("whole", [pytest.param(True, id="the machine"),
-                                   pytest.param(False, id="Ray on it", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("whole", [pytest.param(True, id="the machine"), pytest.param(False, id="Ray on it")])
 def test_a_node_of_two_dies(tmp_path, start, cluster, whole):
     """Every run finishes, none is lost, none has two processes at once: also where the dead node's process lives on for
     three seconds after all of Ray there is gone."""
