@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
-PANELS = ("return", "cost", "cost_rate", "balance", "no_improvement")
+PANELS = ("return", "cost", "cost_rate", "balance", "no_improvement", "total_cost")
 
 
 class Grid(NamedTuple):

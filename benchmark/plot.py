@@ -7,12 +7,14 @@ Without run directories picture and table are made again from the csv that is th
 taken, in its order and with its labels, what is missing is called "not run", and all three files are
 benchmark/results/{grid}_{scale}.* unless they are named. A thin line is a seed, the thick one the mean
 over those seeds that reached the step, the band its 95% bootstrap interval, dotted (from five seeds on) the
-interquartile mean. --paper puts the figures of the paper's Table 1 beside ours."""
+interquartile mean. Where a run was judged by --evaluate, these episodes stand for its last evaluation. --paper puts the
+figures of the paper's Table 1 beside ours."""
 
 import csv
 import dataclasses
 import json
 import math
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +29,10 @@ from tensorboard.util.tensor_util import make_ndarray
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_std", "cost", "cost_std", "cost_rate",
-           "balance", "no_improvement")
+           "balance", "no_improvement", "hours")
+LATER = COLUMNS[-2:]  # older tables lack them
 TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
-          "balance": "balance (share of plans executed)", "no_improvement": "steps with too few feasible plans"}
+          "total_cost": "cost of all training so far", "balance": "balance (share of plans executed)", "no_improvement": "steps with too few feasible plans"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Options:
     scale: str = "recipe"
     """which of the grid's scales"""
     paper: Path | None = None
-    """csv of the paper's Table 1, to stand beside ours in the table"""
+    """csv of the paper's Table 1, to stand beside ours in the table and in the picture of trade-offs"""
+    tradeoff: Path | None = None
+    """picture of return against cost at the end to draw, a point for each task and setting"""
     cost_line: float = 25.0
     """dashed line in the cost panels (0: none)"""
 
@@ -64,13 +69,26 @@ def scalars_by_step(run_dir, *tags):
             if tag in logged else {} for tag in tags]
 
 
+def wall_time(run_dir, step):
+    """Hours that a run had taken at its newest checkpoint; not a number if there is none of that step."""
+    try:
+        with np.load(run_dir / f"checkpoint_{step}.npz") as file:
+            return json.loads(str(file["counters"]))["wall_time"] / 3600
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return math.nan
+
+
 def evaluations(run_dir, grid=None):
     """One row per evaluation of a run, none if it is not of the grid; standard deviations are over its episodes."""
+    def evaluated(name):
+        table = run_dir / name  # not there before the first episode has ended, or --evaluate was called
+        lines = table.read_text().splitlines() if table.exists() else []
+        return [row for row in csv.DictReader(lines) if row["split"] == "eval"]
+
     try:
         args = json.loads((run_dir / "args.json").read_text())["args"]
-        table = run_dir / "episodes.csv"  # not there before the first episode has ended
-        lines = table.read_text().splitlines() if table.exists() else []
-        episodes = [row for row in csv.DictReader(lines) if row["split"] == "eval"]
+        episodes, judged = evaluated("episodes.csv"), evaluated("evaluation.csv")
+        episodes = [row for row in episodes if row["step"] not in {row["step"] for row in judged}] + judged
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{run_dir} is not a run directory: {error}")
     if grid and not (args["exp_name"] in grid.settings and args["env_id"] in grid.tasks and args["seed"] in grid.seeds):
@@ -86,7 +104,8 @@ def evaluations(run_dir, grid=None):
                "episodes": len(values), "return": returns.mean(), "return_std": returns.std(), "cost": costs.mean(),
                "cost_std": costs.std(), "cost_rate": cost_rate.get(step, math.nan),
                "balance": balance.get(step, math.nan),  # nan: the disk was full
-               "no_improvement": no_improvement.get(step, math.nan)}  # policy-only has none
+               "no_improvement": no_improvement.get(step, math.nan),  # policy-only has none
+               "hours": wall_time(run_dir, step) if step == max(by_step) else math.nan}
 
 
 def write_rows(path, rows):
@@ -105,12 +124,12 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """The csv's rows, numbers as numbers; nan in the last column where it was not written yet."""
+    """The csv's rows, numbers as numbers; nan in the last columns where they were not written yet."""
     try:
         with open(path, newline="") as file:
             kinds = {"exp_name": str, "env_id": str, "seed": int, "step": int, "episodes": int}
             reader = csv.DictReader(file)
-            if set(COLUMNS[:-1]) - set(reader.fieldnames or ()):
+            if set(COLUMNS) - set(LATER) - set(reader.fieldnames or ()):
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
             return [{name: kinds.get(name, float)(row.get(name, "nan")) for name in COLUMNS} for row in reader]
     except (OSError, ValueError, TypeError, csv.Error) as error:
@@ -131,8 +150,9 @@ def by_seed(rows, task, setting, name):
     """{seed: {step: value}} of one column, where there is a value."""
     found = defaultdict(dict)
     for row in rows:
-        if row["env_id"] == task and row["exp_name"] == setting and not math.isnan(row[name]):
-            found[row["seed"]][row["step"]] = row[name]
+        value = row["cost_rate"] * row["step"] if name == "total_cost" else row[name]
+        if row["env_id"] == task and row["exp_name"] == setting and not math.isnan(value):
+            found[row["seed"]][row["step"]] = value
     return dict(sorted(found.items()))
 
 
@@ -193,18 +213,45 @@ def draw_setting(axis, seeds, color, label):
         axis.plot(steps, list(map(interquartile_mean, there)), color=color, linewidth=1.2, linestyle=":")
 
 
+def draw_tradeoff(rows, grid, path, printed):
+    """Return against cost at the end: a colour per setting, a panel per task; hollow: the paper's."""
+    figure, axes = plt.subplots(1, len(grid.tasks), squeeze=False, layout="constrained",
+                                figsize=(0.8 + 3.2 * len(grid.tasks), 3.6))
+    for task, axis in zip(grid.tasks, axes[0]):
+        for color, (setting, entry) in enumerate(grid.settings.items()):
+            at = {name: last_values(rows, task, setting, name) for name in ("cost", "return")}
+            axis.plot(at["cost"], at["return"], ".", color=f"C{color}", alpha=0.4)
+            axis.plot(*([values.mean()] if len(values) else [] for values in at.values()), "o", color=f"C{color}",
+                      label=entry["label"])
+            theirs = [printed.get((task, name, algorithm(entry))) for name in ("cost", "return")]
+            if all(theirs):
+                axis.plot(*([float(figures[0])] for figures in theirs), "o", color=f"C{color}", fillstyle="none")
+        axis.set(title=task, xlabel="evaluation cost", xlim=(-2, None), ylim=(min(0, axis.get_ylim()[0]), None))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("evaluation return")
+    axes[0, 0].legend(frameon=False, fontsize="x-small")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 # ----------------------------------------------------------------------------------------------------------------------
-FORMATS = {"return": "{:.1f}", "cost": "{:.1f}", "cost_rate": "{:.0f}", "balance": "{:.0f}%",
-           "no_improvement": "{:.0f}%"}
-FACTORS = {"return": 1, "cost": 1, "cost_rate": 1e4, "balance": 100, "no_improvement": 100}
-HEADINGS = {"return": "return", "cost": "cost", "cost_rate": "cost rate ×10⁴", "balance": "balance",
-            "no_improvement": "too few feasible plans"}
+FORMATS = {"return": "{:.1f}", "cost": "{:.1f}", "cost_rate": "{:.0f}", "total_cost": "{:.0f}", "balance": "{:.0f}%",
+           "no_improvement": "{:.0f}%", "hours": "{:.1f}"}
+FACTORS = {"cost_rate": 1e4, "balance": 100, "no_improvement": 100}
+HEADINGS = {"return": "return", "cost": "cost", "cost_rate": "cost rate ×10⁴", "total_cost": "cost of all training",
+            "balance": "balance", "no_improvement": "too few feasible plans", "hours": "hours"}
 
 
-def last_values(rows, task, setting, name, step):
-    """A column at the last step, of those seeds that reached it."""
+def last_step(rows, task, setting):
+    """The last step at which a setting was evaluated, of any seed."""
+    return max((row["step"] for row in rows if (row["env_id"], row["exp_name"]) == (task, setting)), default=0)
+
+
+def last_values(rows, task, setting, name):
+    """A column at a setting's last step, of those seeds that reached it."""
+    step = last_step(rows, task, setting)
     return np.array([values[step] for values in by_seed(rows, task, setting, name).values() if step in values])
 
 
@@ -212,7 +259,7 @@ def cell(values, name):
     """Mean ± standard deviation over seeds, in the table's unit, or "not run"."""
     if not len(values):
         return "not run"
-    show = lambda value: FORMATS[name].format(FACTORS[name] * value)
+    show = lambda value: FORMATS[name].format(FACTORS.get(name, 1) * value)
     return f"{show(values.mean())} ± {show(values.std())}" if len(values) > 1 else show(values[0])
 
 
@@ -221,39 +268,50 @@ def markdown(header, lines):
     return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
 
 
-def table_of_settings(rows, grid, step):
+def table_of_settings(rows, grid):
     """A line per task and setting: the last evaluation, mean ± population standard deviation over seeds."""
-    lines = []
+    lines, steps = [], set()
     for task in grid.tasks:
         for setting, entry in grid.settings.items():
-            values = {name: last_values(rows, task, setting, name, step) for name in grid.panels}
+            values = {name: last_values(rows, task, setting, name) for name in grid.panels}
             lines.append([task] * (len(grid.tasks) > 1) + [entry["label"], str(len(values[grid.panels[0]])),
                                                            *(cell(values[name], name) for name in grid.panels)])
+            steps |= {last_step(rows, task, setting)} - {0}
     head = ["task"] * (len(grid.tasks) > 1) + ["setting", "seeds", *(HEADINGS[name] for name in grid.panels)]
-    return markdown(head, lines) + f"\nAt {step:,} steps; mean ± population standard deviation over seeds.\n"
+    at = " or ".join(f"{step:,}" for step in sorted(steps)) or "no"
+    return markdown(head, lines) + f"\nAt {at} steps; mean ± population standard deviation over seeds.\n"
 
 
-def table_beside_paper(rows, grid, step, path):
-    """Table 1: a line per task and metric of the paper, its algorithms' figures, then each setting of the grid."""
+def read_paper(path):
+    """{(task, metric, algorithm): (mean, std)} of the paper's Table 1, as printed."""
     try:
         with open(path, newline="") as file:
-            printed = {(row["env_id"], row["metric"], row["algorithm"]): f"{row['mean']} ± {row['std']}"
-                       for row in csv.DictReader(file)}
+            return {(row["env_id"], row["metric"].removesuffix("_x1e4"), row["algorithm"]): (row["mean"], row["std"])
+                    for row in csv.DictReader(file)}
     except (OSError, KeyError) as error:
         raise SystemExit(f"--paper {path} is not the paper's table: {error}")
-    algorithms = list(dict.fromkeys(key[2] for key in printed))
-    lines = []
-    for task in dict.fromkeys([key[0] for key in printed] + list(grid.tasks)):
-        for name, metric in (("return", "return"), ("cost", "cost"), ("cost_rate", "cost_rate_x1e4")):
-            ours = []
-            for setting in grid.settings:
-                values = last_values(rows, task, setting, name, step)
-                ours.append(cell(values, name) + (f" ({len(values)})" if len(values) else ""))
-            lines.append([task if name == "return" else "", HEADINGS[name],
-                          *(printed.get((task, metric, algorithm), "—") for algorithm in algorithms), *ours])
-    head = ["task", "", *algorithms, *(f"ours: {entry['label']}" for entry in grid.settings.values())]
-    return markdown(head, lines) + (f"\nThe paper's figures are after 5,000,000 steps, ours at {step:,}; mean ± "
-                                    "population standard deviation over seeds (in brackets how many).\n")
+
+
+def algorithm(entry):
+    """A setting's name in the paper: its label up to the comma."""
+    return entry["label"].partition(",")[0]
+
+
+def table_beside_paper(rows, grid, printed):
+    """Table 1: a line per task and setting, the paper's figures and ours, with our steps and hours."""
+    names, lines = ("return", "cost", "cost_rate"), []
+    for task in grid.tasks:
+        for setting, entry in grid.settings.items():
+            theirs = [" ± ".join(printed.get((task, name, algorithm(entry)), "—")) for name in names]
+            ours = [cell(last_values(rows, task, setting, name), name) for name in names]
+            hours, step = last_values(rows, task, setting, "hours"), last_step(rows, task, setting)
+            lines.append([task, entry["label"], *theirs, *ours, f"{step:,}" if step else "—",
+                          cell(hours, "hours") if len(hours) else "—",
+                          str(len(last_values(rows, task, setting, "return")))])
+    head = ["task", "", *(f"paper: {HEADINGS[name]}" for name in names), *(f"ours: {HEADINGS[name]}" for name in names),
+            "steps", "hours", "seeds"]
+    return markdown(head, lines) + ("\nThe paper's figures are after 5,000,000 steps; mean ± population standard "
+                                    "deviation over seeds.\n")
 
 
 def main(options):
@@ -278,10 +336,11 @@ def main(options):
     grid = grid or grid_of(rows)
     if options.picture:
         draw(rows, grid, options.picture, options.cost_line)
+    printed = read_paper(options.paper) if options.paper else {}
+    if options.tradeoff:
+        draw_tradeoff(rows, grid, options.tradeoff, printed)
     if options.table:
-        step = grid.flags.get("total-timesteps", 5_000_000 if options.grid else max(row["step"] for row in rows))
-        options.table.write_text(table_beside_paper(rows, grid, step, options.paper) if options.paper
-                                 else table_of_settings(rows, grid, step))
+        options.table.write_text(table_beside_paper(rows, grid, printed) if printed else table_of_settings(rows, grid))
 
 
 if __name__ == "__main__":

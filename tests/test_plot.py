@@ -23,7 +23,7 @@ PAPER = ROOT / "benchmark" / "paper_table1.csv"
 def row(exp_name, seed, step, reward, cost, rate=0.05, balance=0.6, env_id="SafetyPointGoal1-v0"):
     return {"exp_name": exp_name, "env_id": env_id, "seed": seed, "step": step, "episodes": 10, "return": reward,
             "return_std": 0.0, "cost": cost, "cost_std": 0.0, "cost_rate": rate, "balance": balance,
-            "no_improvement": 0.25}
+            "no_improvement": 0.25, "hours": 0.5 * step}
 
 
 ROWS = [row("full", 1, 50, 10.0, 60.0), row("full", 1, 100, 20.0, 40.0, 0.04, 0.5),
@@ -59,23 +59,49 @@ def test_interval_of_many_seeds_is_the_normal_one():
 # ----------------------------------------------------------------------------------------------------------------------
 def test_table_of_settings_by_hand():
     """Seed 3 did not reach the last step and does not count; what is missing says so."""
-    lines = plot.table_of_settings(ROWS, GRID, 100).splitlines()
+    lines = plot.table_of_settings(ROWS, GRID).splitlines()
     assert lines[2:5] == ["| full agent | 2 | 21.5 ± 1.5 | 45.0 ± 5.0 | 450 ± 50 | 60% ± 10% |",
                           "| nobody ran it | 0 | not run | not run | not run | not run |",
                           "| other | 1 | -0.0 | 0.0 | 133 | 100% |"]
     assert lines[-1] == "At 100 steps; mean ± population standard deviation over seeds."
 
 
+def test_settings_that_ended_elsewhere():
+    """Each at its own last step."""
+    lines = plot.table_of_settings([*ROWS, row("absent", 1, 250, 7.0, 8.0)], GRID).splitlines()
+    assert lines[3] == "| nobody ran it | 1 | 7.0 | 8.0 | 500 | 60% |" and lines[-1].startswith("At 100 or 250 steps;")
+
+
 def test_table_beside_the_paper():
-    lines = plot.table_beside_paper(ROWS, GRID, 100, PAPER).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-2]]
-    assert cells[0][:3] == ["task", "", "SPOWL"] and cells[0][-3:] == ["ours: full agent", "ours: nobody ran it",
-                                                                       "ours: other"]
-    assert cells[2][:4] == ["SafetyPointGoal1-v0", "return", "26.9 ± 0.4", "27.5 ± 0.2"]
-    assert [line[-3:] for line in cells[2:5]] == [["21.5 ± 1.5 (2)", "not run", "-0.0 (1)"],
-                                                 ["45.0 ± 5.0 (2)", "not run", "0.0 (1)"],
-                                                 ["450 ± 50 (2)", "not run", "133 (1)"]]
-    assert len(cells) == 2 + 7 * 3 and all(line[-3:] == ["not run"] * 3 for line in cells[5:])
+    """The paper's figures by a label up to its comma; what it has not, and what was not run, says so."""
+    labels = {"full": "SPOWL, ours", "absent": "CPO(25)", "other": "nobody's"}
+    grid = GRID._replace(settings={name: {"label": label} for name, label in labels.items()})
+    lines = plot.table_beside_paper(ROWS, grid, plot.read_paper(PAPER)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines[:-2]]
+    assert cells[0] == ["", "paper: return", "paper: cost", "paper: cost rate ×10⁴", "ours: return", "ours: cost",
+                        "ours: cost rate ×10⁴", "steps", "hours", "seeds"]
+    assert cells[2:] == [
+        ["SPOWL, ours", "26.9 ± 0.4", "1.5 ± 1.1", "133 ± 2", "21.5 ± 1.5", "45.0 ± 5.0", "450 ± 50", "100",
+         "50.0 ± 0.0", "2"],
+        ["CPO(25)", "19.2 ± 3.0", "31.0 ± 5.8", "275 ± 21", "not run", "not run", "not run", "—", "—", "0"],
+        ["nobody's", "—", "—", "—", "-0.0", "0.0", "133", "100", "50.0", "1"]]
+
+
+def test_cost_of_all_training():
+    """The cost rate times the steps."""
+    assert plot.by_seed(ROWS, GRID.tasks[0], "full", "total_cost") == {1: {50: 2.5, 100: 4.0}, 2: {50: 2.5, 100: 5.0},
+                                                                       3: {50: 2.5}}
+
+
+def test_tradeoffs(tmp_path, monkeypatch):
+    """A point at the mean of the seeds, a hollow one for the paper's figures, none for what is not there."""
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    grid = GRID._replace(settings={"full": {"label": "SPOWL"}, "absent": {"label": "CPO(25)"}, "other": {"label": "x"}})
+    plot.draw_tradeoff(ROWS, grid, tmp_path / "p.png", plot.read_paper(PAPER))
+    lines = [[line.get_xydata().tolist() for line in drawn[0].axes[0].lines if line.get_fillstyle() == style
+              and line.get_marker() == "o"] for style in ("full", "none")]
+    assert lines == [[[[45.0, 21.5]], [], [[0.0, -0.04]]], [[[1.5, 26.9]], [[31.0, 19.2]]]]
 
 
 def test_the_papers_table_is_whole():
@@ -112,24 +138,39 @@ def test_rows_of_a_run(tmp_path):
     first, second = plot.evaluations(make_run(tmp_path / "run"))
     assert first == {"exp_name": "full", "env_id": "task", "seed": 1, "step": 100, "episodes": 2, "return": 4.0,
                      "return_std": 1.0, "cost": 20.0, "cost_std": 10.0, "cost_rate": 0.125, "balance": 0.25,
-                     "no_improvement": 0.5}
+                     "no_improvement": 0.5, "hours": pytest.approx(float("nan"), nan_ok=True)}
     assert (second["step"], second["episodes"], second["return"], second["balance"]) == (200, 1, 8.0, 0.75)
+    first["hours"] = second["hours"] = 0.5
     plot.write_rows(tmp_path / "rows.csv", [first, second])
     assert plot.read_rows(tmp_path / "rows.csv") == [first, second]
 
 
+def test_a_judged_run_and_its_hours(tmp_path):
+    """--evaluate's episodes stand for those of the same step; the hours are those of the last checkpoint."""
+    run_dir = make_run(tmp_path / "run")
+    with open(run_dir / "evaluation.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("split", "step", "environment", "return", "cost", "length", "balance"),
+                                    ("eval", 200, 0, 6.0, 1.0, 1000, 0.5), ("eval", 200, 1, 7.0, 4.0, 1000, 0.5)])
+    np.savez(run_dir / "checkpoint_200.npz", counters=np.array(json.dumps({"wall_time": 5400.0})))
+    first, second = plot.evaluations(run_dir)
+    assert (first["return"], first["episodes"]) == (4.0, 2) and np.isnan(first["hours"])
+    assert (second["return"], second["cost"], second["episodes"], second["hours"]) == (6.5, 2.5, 2, 1.5)
+    (run_dir / "checkpoint_200.npz").write_bytes(b"PK")
+    assert np.isnan(list(plot.evaluations(run_dir))[1]["hours"])
+
+
 def test_what_a_script_does_not_log_and_older_tables_lack_is_not_a_number(tmp_path):
-    """policy-only has no planner; the column came later than the first tables."""
+    """policy-only has no planner; the columns came later than the first tables."""
     rows = list(plot.evaluations(make_run(tmp_path / "run")))
     for line in rows:
         line["no_improvement"] = float("nan")
     plot.write_rows(tmp_path / "rows.csv", rows)
     text = (tmp_path / "rows.csv").read_text()
-    (tmp_path / "older.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in text.splitlines()))
+    (tmp_path / "older.csv").write_text("".join(line.rsplit(",", 2)[0] + "\n" for line in text.splitlines()))
     for path in (tmp_path / "rows.csv", tmp_path / "older.csv"):
         read = plot.read_rows(path)
-        assert len(read) == 2 and all(np.isnan(line.pop("no_improvement")) for line in read)
-        assert read == [{name: line[name] for name in line if name != "no_improvement"} for line in rows]
+        assert len(read) == 2 and all(np.isnan(line.pop(name)) for line in read for name in plot.LATER)
+        assert read == [{name: line[name] for name in line if name not in plot.LATER} for line in rows]
 
 
 def test_a_run_that_has_just_begun_has_no_rows(tmp_path):
