@@ -32,7 +32,8 @@ COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_s
            "balance", "no_improvement", "hours")
 LATER = COLUMNS[-2:]  # older tables lack them
 TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
-          "total_cost": "cost of all training so far", "balance": "balance (share of plans executed)", "no_improvement": "steps with too few feasible plans"}
+          "total_cost": "cost of all training so far", "balance": "balance (share of plans executed)",
+          "no_improvement": "steps with too few feasible plans"}
 
 
 @dataclasses.dataclass(frozen=True)
