@@ -6,11 +6,18 @@ Minutes where a training run takes an hour. RUN is a run directory of spowl_cont
 scratch on all but two of its environments by the script's own updates, with the run's flags and on top of them those of
 the variant. For each, by number of updates, on the two others: AUC of the one-step cost heads for "this agent step
 costs", and the same among the steps that begin outside a hazard, where the agent can still turn away; correlation of Qc
-with the discounted cost that followed, and the means of both. A variant whose label begins with "supervised" is the
-ceiling: a plain MLP that is told nothing but observation, action and whether the step cost."""
+with the discounted cost that followed, and the means of both; and how much of the distance to the nearest hazard (up to
+3 m) is linear in the latent: 1 - squared error / variance of a linear map fitted on the others. A variant whose label
+begins with "supervised" is the ceiling: a plain MLP that is told nothing but observation, action and whether the step
+cost.
+
+    python benchmark/cost_probe.py RUN --variants bins "decoder: ablations/spowl_decoder.py --decoder-coef 1"
+    python benchmark/cost_probe.py RUN --variants bins --without hazards_lidar"""
 
 import csv
+import importlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -24,11 +31,13 @@ import numpy as np
 import optax
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import spowl_continuous as spowl
 
-COLUMNS = ("variant", "updates", "cost_auc", "entry_auc", "qc_correlation", "qc_read", "qc_followed", "seconds")
+COLUMNS = ("variant", "updates", "cost_auc", "entry_auc", "qc_correlation", "qc_read", "qc_followed", "hazard_r2",
+           "seconds")
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,9 @@ class Options:
     run: tyro.conf.Positional[Path]
     """run directory whose newest checkpoint holds the buffer"""
     variants: tuple[str, ...] = ("log: --obs-transform log", "bins: --obs-transform bins")
-    """label, or label: flags of spowl_continuous.py"""
+    """label, or label: flags of spowl_continuous.py, or label: another script and its flags"""
+    without: tuple[str, ...] = ()
+    """sensors of the task, for example hazards_lidar, that agents do not see: their entries are 0"""
     updates: int = 6_000
     """updates per variant"""
     every: int = 2_000
@@ -76,6 +87,35 @@ def transformed(rows, stored, args):
     return rows._replace(obs=see(rows.obs), next_obs=see(rows.next_obs))
 
 
+def sensors(env_id):
+    """{name of a sensor: its entries in the observation} of a task."""
+    space = spowl.import_safety_gymnasium().make(env_id).unwrapped.task.obs_info.obs_space_dict
+    ends = np.cumsum([math.prod(part.shape) for part in space.spaces.values()]).tolist()
+    return {name: slice(end - math.prod(part.shape), end) for (name, part), end in zip(space.spaces.items(), ends)}
+
+
+def hazard_distance(rows, stored, entries):
+    """(T, E): metres to the nearest hazard, up to 3, from a lidar at those entries: 1 - distance / 3."""
+    near = rows.obs[..., entries].max(-1)
+    return 3.0 * (1.0 - (near if stored == "raw" else 1.02 - np.exp(-near)))
+
+
+def blinded(rows, entries):
+    """The same transitions with those entries of the observations at 0."""
+    obs, next_obs = rows.obs.copy(), rows.next_obs.copy()
+    for part in entries:
+        obs[..., part] = next_obs[..., part] = 0.0
+    return rows._replace(obs=obs, next_obs=next_obs)
+
+
+def linear_r2(seen, asked):
+    """1 - squared error / variance of y (N,) given x (N, Z) in `asked`, by the linear map fitted on those in `seen`."""
+    both = [(np.concatenate([x, np.ones((len(x), 1))], -1, dtype=float), y) for x, y in (seen, asked)]
+    (x, y), (x_asked, y_asked) = both
+    weights = np.linalg.solve(x.T @ x + 1e-3 * np.eye(x.shape[1]), x.T @ y)
+    return 1.0 - np.mean((x_asked @ weights - y_asked) ** 2) / np.var(y_asked)
+
+
 def areas(score, rows):
     """AUC of a score (T, E) for "this agent step costs": of all steps, and of those that begin outside a hazard."""
     costly = rows.cost > 0
@@ -83,10 +123,10 @@ def areas(score, rows):
     return spowl.auc(score.ravel(), costly.ravel()), spowl.auc(score[~inside], costly[~inside])
 
 
-def held_out_reading(args, model, rows):
+def held_out_reading(args, model, rows, script=spowl):
     """`areas` of the cost heads, correlation of Qc with what followed, and the means of both, on rows (T, E, ...)."""
-    z = spowl.encode(args, model, rows.obs)
-    cost, qc = (np.asarray(spowl.cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
+    z = script.encode(args, model, rows.obs)
+    cost, qc = (np.asarray(script.cost_heads(args, model[name], z, rows.action).mean(0)) for name in ("cost", "qc"))
     followed = np.zeros_like(qc)
     for env in range(qc.shape[1]):
         for episode in np.split(np.arange(len(qc)), np.flatnonzero(rows.done[:-1, env]) + 1):
@@ -96,21 +136,29 @@ def held_out_reading(args, model, rows):
     return *areas(cost, rows), correlation, qc.mean(), followed.mean()
 
 
-def probe(label, args, rows, options):
-    """Train an agent on the rows of all but the held-out environments -> readings as rows of the csv."""
-    seen, asked = (jax.tree.map(lambda x: x[:, part], rows) for part in (
-        slice(None, -options.held_out), slice(-options.held_out, None)))
+def probe(label, args, rows, distance, options, script=spowl):
+    """Train an agent on the rows of all but the held-out environments -> readings as rows of the csv. `distance` (T, E)
+    is that to the nearest hazard, or None."""
+    parts = slice(None, -options.held_out), slice(-options.held_out, None)
+    seen, asked = (jax.tree.map(lambda x: x[:, part], rows) for part in parts)
     obs_dim, action_dim = rows.obs.shape[-1], rows.action.shape[-1]
-    buffer = spowl.Buffer(jax.tree.map(jnp.asarray, seen), jnp.int32(0), jnp.int32(len(rows.reward)))
-    agent, began = spowl.init_agent(args, jax.random.key(args.seed), obs_dim, action_dim), time.time()
+    buffer = script.Buffer(jax.tree.map(jnp.asarray, script.Transition(*seen)), jnp.int32(0),
+                           jnp.int32(len(rows.reward)))
+    agent, began = script.init_agent(args, jax.random.key(args.seed), obs_dim, action_dim), time.time()
     for updates in range(options.every, options.updates + 1, options.every):
         for _ in range(options.every // 100):
-            agent, _ = spowl.update_many(args, agent, buffer, 100)
-        reading = held_out_reading(args, agent.model, asked)
-        yield [label, updates, *(round(float(x), 4) for x in reading), round(time.time() - began)]
+            agent, _ = script.update_many(args, agent, buffer, 100)
+        reading = held_out_reading(args, agent.model, asked, script)
+        if distance is None:
+            known = math.nan
+        else:
+            latents = np.asarray(script.encode(args, agent.model, rows.obs))
+            known = linear_r2(*((latents[:, part].reshape(-1, latents.shape[-1]), distance[:, part].ravel())
+                                for part in parts))
+        yield [label, updates, *(round(float(x), 4) for x in (*reading, known)), round(time.time() - began)]
 
 
-def supervised(label, args, rows, options):
+def supervised(label, args, rows, distance, options, script=spowl):
     """The ceiling: an MLP with two hidden layers learns whether a step costs -> readings of its AUC."""
     inputs = np.concatenate([spowl.spread_obs(args, rows.obs), rows.action], -1)
     seen, asked = inputs[:, :-options.held_out], inputs[:, -options.held_out:]
@@ -137,19 +185,40 @@ def supervised(label, args, rows, options):
     for updates in range(options.every, options.updates + 1, options.every):
         state = train(state, jax.random.key(updates), options.every)
         score = np.asarray(spowl.mlp(state[0], jnp.asarray(asked)))[..., 0]
-        yield [label, updates, *(round(x, 4) for x in areas(score, asked_rows)), "", "", "", round(time.time() - began)]
+        yield [label, updates, *(round(x, 4) for x in areas(score, asked_rows)), *[""] * 4, round(time.time() - began)]
+
+
+def read_variant(variant, info):
+    """label, or label: [script] flags -> label, script, its Args on top of the run's flags."""
+    label, _, words = variant.partition(":")
+    words, script = shlex.split(words), spowl
+    if words and words[0].endswith(".py"):
+        name = words.pop(0)
+        if not (ROOT / name).is_file():
+            raise SystemExit(f"--variants {label}: {name} does not exist in {ROOT}")
+        sys.path.insert(0, str((ROOT / name).parent))
+        script = importlib.import_module(Path(name).stem)
+    known = {field.name for field in fields(script.Args)}
+    args = script.read_flags(words, script.Args(**{name: value for name, value in info.items() if name in known}))
+    return label, script, args
 
 
 def main(options):
-    rows, args = load_rows(options.run, options.max_steps)
-    print(f"{rows.reward.size:,} transitions, {np.mean(rows.cost > 0):.1%} of them cost", flush=True)
+    stored, args = load_rows(options.run, options.max_steps)
+    places = sensors(args.env_id)
+    for name in options.without:
+        if name not in places:
+            raise SystemExit(f"--without {name}: {args.env_id} has {', '.join(places)}")
+    print(f"{stored.reward.size:,} transitions, {np.mean(stored.cost > 0):.1%} of them cost", flush=True)
+    distance = None
+    if "hazards_lidar" in places:
+        distance = hazard_distance(stored, args.obs_transform, places["hazards_lidar"])
     readings = []
     for variant in options.variants:
-        label, _, flags = variant.partition(":")
-        chosen = spowl.read_flags(shlex.split(flags), args)
+        label, script, chosen = read_variant(variant, vars(args))
+        rows = blinded(transformed(stored, args.obs_transform, chosen), [places[name] for name in options.without])
         learner = supervised if label.startswith("supervised") else probe
-        parts = learner(label, chosen, transformed(rows, args.obs_transform, chosen), options)
-        for reading in parts:
+        for reading in learner(label, chosen, rows, distance, options, script):
             print(*(f"{name} {value}" for name, value in zip(COLUMNS, reading)), sep=", ", flush=True)
             readings.append(reading)
     if options.csv:

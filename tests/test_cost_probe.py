@@ -75,6 +75,55 @@ def test_reading_by_hand(monkeypatch):
     assert correlation == pytest.approx(np.corrcoef([4, 5, 6], expected)[0, 1])
 
 
+def test_sensors_of_a_task():
+    """PointGoal1: four readings of three numbers, then three lidars of 16 (Safety-Gymnasium's documentation)."""
+    names = ["accelerometer", "velocimeter", "gyro", "magnetometer", "goal_lidar", "hazards_lidar", "vases_lidar"]
+    assert cost_probe.sensors("SafetyPointGoal1-v0") == dict(zip(names, [
+        slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), slice(12, 28), slice(28, 44), slice(44, 60)]))
+
+
+@pytest.mark.parametrize("stored", ["raw", "log"])
+def test_distance_to_the_nearest_hazard(stored):
+    """A lidar of 0.9 is 0.3 m away; the nearest counts, and what is not a hazard does not."""
+    obs = np.array([[[0.99, 0.9, 0.5, 0.98]], [[0.7, 0.0, 0.0, 0.2]]], np.float32)
+    rows = Transition(obs if stored == "raw" else -np.log(1.02 - obs), *[None] * 6)
+    np.testing.assert_allclose(cost_probe.hazard_distance(rows, stored, slice(1, 3)), [[0.3], [3.0]], atol=1e-5)
+
+
+def test_what_agents_do_not_see():
+    rng = np.random.default_rng(0)
+    rows = Transition(rng.normal(size=(2, 3, 5)), *[None] * 3, rng.normal(size=(2, 3, 5)), None, None)
+    less = cost_probe.blinded(rows, [slice(1, 2), slice(3, 5)])
+    for before, after in ((rows.obs, less.obs), (rows.next_obs, less.next_obs)):
+        assert (after[..., [1, 3, 4]] == 0.0).all() and (before != 0.0).all()
+        assert np.array_equal(after[..., [0, 2]], before[..., [0, 2]])
+
+
+def test_what_is_linear_is_found():
+    """y = 2 x_0 + 1 is known; of y = x_0 + x_1 with x_1 unseen half the variance is; of noise nothing."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(2, 4000, 3)), rng.normal(size=(2, 4000))
+    of = lambda y: cost_probe.linear_r2(*((x[i][:, [0, 2]], y(i)) for i in (0, 1)))
+    assert of(lambda i: 2.0 * x[i][:, 0] + 1.0) == pytest.approx(1.0, abs=1e-6)
+    assert of(lambda i: x[i][:, 0] + x[i][:, 1]) == pytest.approx(0.5, abs=0.03)
+    assert of(lambda i: noise[i]) == pytest.approx(0.0, abs=0.01)
+
+
+def test_variants():
+    label, script, args = cost_probe.read_variant("wide: --mlp-dim 32", dataclasses.asdict(ARGS))
+    assert (label, script, args) == ("wide", spowl, dataclasses.replace(ARGS, mlp_dim=32))
+    label, script, args = cost_probe.read_variant("d: ablations/spowl_decoder.py --decoder-coef 2",
+                                                  dataclasses.asdict(ARGS))
+    assert (label, script.__name__, args.decoder_coef, args.mlp_dim) == ("d", "spowl_decoder", 2.0, ARGS.mlp_dim)
+    with pytest.raises(SystemExit, match="x.py does not exist"):
+        cost_probe.read_variant("d: x.py", dataclasses.asdict(ARGS))
+
+
+def test_a_sensor_that_is_not_there(run):
+    with pytest.raises(SystemExit, match="--without eyes: SafetyPointGoal1-v0 has accelerometer, "):
+        cost_probe.main(cost_probe.Options(run=run[0], without=("eyes",)))
+
+
 def test_areas_by_hand():
     """Costs 0 1 1 | 0 1 of one environment, | an episode's end: the third step alone begins inside a hazard."""
     column = lambda *values: np.array(values, np.float32)[:, None]
@@ -91,11 +140,12 @@ def test_learners_never_see_what_is_asked(run, learner, monkeypatch):
     options = cost_probe.Options(run=run[0], updates=200, every=100)
     rows, args = cost_probe.load_rows(run[0])
     args = dataclasses.replace(args, learning_rate=3e-3, horizon=1, num_q=1, num_qc=1, num_c=1, lagrangian_heads=1)
-    readings = list(learner("x", args, rows, options))
+    distance = np.abs(rows.obs[..., 1])
+    readings = list(learner("x", args, rows, distance, options))
     assert [reading[1] for reading in readings] == [100, 200]
     assert {len(reading) for reading in readings} == {len(cost_probe.COLUMNS)}
     rows.cost[:, 2:] = 1.0 - rows.cost[:, 2:]
-    turned = list(learner("x", args, rows, options))
+    turned = list(learner("x", args, rows, None, options))
     assert [reading[2] for reading in turned] == pytest.approx([1.0 - reading[2] for reading in readings], abs=2e-4)
 
 
