@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmark" / "diffs.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmark" / "diffs.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted(ROOT.glob("ablations/*.py")), *sorted(ROOT.glob("baselines/*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TAG = re.compile(r"""["'{ ](?:charts|eval|critic|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
