@@ -279,11 +279,16 @@ def test_predictions_against_numpy():
     np.testing.assert_allclose(seen.cost, value(agent.model["cost"])[1:], rtol=2e-3, atol=1e-3)
 
 
+def start_of_rollouts(args, seed):
+    """Six latents, and that nothing has ended there."""
+    deter = np.random.default_rng(seed).normal(size=(6, args.deter))
+    stoch = jax.nn.one_hot(jnp.arange(6) % 3, 3).repeat(2, 0).reshape(6, -1)
+    return Latent(jnp.asarray(deter, jnp.float32), stoch), jnp.ones(6)
+
+
 def actor_loss(args, agent, seed=5, alive=None):
-    rng = np.random.default_rng(seed)
-    start = Latent(jnp.asarray(rng.normal(size=(6, args.deter)), jnp.float32),
-                   jax.nn.one_hot(jnp.arange(6) % 3, 3).repeat(2, 0).reshape(6, -1))
-    alive = jnp.ones(6) if alive is None else alive
+    start, going_on = start_of_rollouts(args, seed)
+    alive = going_on if alive is None else alive
     grad = jax.jit(jax.grad(sd.policy_loss, has_aux=True), static_argnums=1)
     return grad(agent.policy, args, agent, agent.model, start, alive, jax.random.key(6))
 
@@ -304,6 +309,24 @@ def test_the_multiplier_by_hand(over):
     assert scale == pytest.approx(0.01 * (np.percentile(gained, 95) - np.percentile(gained, 5)), rel=1e-4)
     through = np.concatenate([np.ones((1, 6)), 0.9 * np.asarray(seen.proceed)[:-1]])
     np.testing.assert_allclose(discounted, np.cumprod(through, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 20.0])
+def test_actor_loss_by_hand(scale):
+    """Mean of w (-(R - V) / max(1, S) - 0.01 entropy), V of the state an action is taken in, and Psi on top."""
+    args = small_args(entropy_coef=0.01, cost_limit=0.5)
+    agent = random_agent(args)._replace(multiplier=jnp.float32(0.2), penalty=jnp.float32(0.01), scale=jnp.float32(scale))
+    loss, (seen, discounted, *_, after, metrics) = jax.jit(sd.policy_loss, static_argnums=1)(
+        agent.policy, args, agent, agent.model, *start_of_rollouts(args, 5), jax.random.key(6))
+    seen = float64(seen)
+    _, raw = np.split(np_mlp(float64(agent.policy), seen.features[:-1]), 2, -1)
+    std = (args.max_std - args.min_std) * np_sigmoid(raw + 2.0) + args.min_std
+    entropy = (np.log(std) + 0.5 * np.log(2.0 * np.pi * np.e)).sum(-1)
+    advantage = (seen.returns - seen.values[:-1]) / max(1.0, float(after))
+    expected = np.mean(np.asarray(discounted) * (-advantage - 0.01 * entropy))
+    assert metrics["losses/policy"] == pytest.approx(expected, rel=1e-3)
+    assert (after < 1.0) == (scale < 1.0) and abs(metrics["losses/psi"]) > 0.01
+    assert loss == pytest.approx(expected + float(metrics["losses/psi"]), rel=1e-3)
 
 
 @pytest.mark.parametrize("multiplier, violation, psi, following", [
@@ -348,11 +371,21 @@ def test_one_update_moves_what_it_should():
     assert all(np.allclose(x, y, atol=1e-6) for x, y in zip(jax.tree.leaves(after.slow), jax.tree.leaves(expected)))
     key_model, key_imagine = jax.random.split(jax.random.key(8))
     grad = jax.jit(jax.grad(sd.world_model_loss, has_aux=True), static_argnums=1)
-    grads, _ = grad(agent.model, ARGS, batch, key_model)
+    grads, (_, latents) = grad(agent.model, ARGS, batch, key_model)
     step = jax.tree.map(lambda new, old: new - old, after.model, agent.model)
     for grad, moved in zip(jax.tree.leaves(grads), jax.tree.leaves(step)):  # Adam's first step is the gradient's sign
         large = np.abs(grad) > 1e-4
         np.testing.assert_allclose(np.asarray(moved)[large], -1e-4 * np.sign(grad)[large], atol=1e-5)
+    start = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), latents)
+    _, (seen, discounted, *_) = jax.jit(sd.policy_loss, static_argnums=1)(
+        agent.policy, ARGS, agent, after.model, start, 1.0 - batch.terminated.ravel(), key_imagine)
+    for name, returns in {"value": seen.returns, "cost_value": seen.cost_returns}.items():
+        grads = jax.jit(jax.grad(sd.critic_loss), static_argnums=1)(  # of what is to come where the actor then acts
+            agent.critics[name], ARGS, agent.slow[name], seen.features[:-1], returns, discounted)
+        moved = jax.tree.map(lambda new, old: new - old, after.critics[name], agent.critics[name])
+        grad, moved = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (grads, moved))
+        large = np.abs(grad) > 1e-2
+        assert large.sum() > 20 and np.array_equal(np.sign(moved[large]), -np.sign(grad[large]))
     assert int(after.num_updates) == 1 and all(np.isfinite(value) for value in metrics.values())
 
 
