@@ -866,10 +866,11 @@ def example(page, name):
 
 
 def short_loop():
-    """The page's loop on one's own environment, with fewer steps and narrower networks."""
+    """The page's loop on one's own environment, with fewer steps and fewer, narrower networks."""
     code = example("docs/your_own.md", "own environment")
     assert "from spowl_continuous import" in code
-    for given, less in (("10_000", "101"), (">= 500", ">= 50"), ("num_updates=50", "num_updates=2")):
+    for given, less in (("10_000", "101"), (">= 500", ">= 50"), ("num_updates=50", "num_updates=2"),
+                        ("iterations=4", "iterations=2, num_q=2, num_qc=1, num_c=1, lagrangian_heads=1, num_bins=21")):
         assert code.count(given) == 1
         code = code.replace(given, less)
     return re.sub(r"=\s*128\b", "=32", code)
