@@ -1,0 +1,41 @@
+"""benchmark/latency.py: the planners that are compared, and a short comparison on the committed agent."""
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+from benchmark import latency
+from conftest import small_args
+
+import spowl_policy_only as policy_only
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGS = small_args(num_samples=128, num_pi_trajs=12, num_elites=16, plan_horizon=6)
+
+
+@pytest.mark.parametrize("samples, trajs, elites", [(128, 12, 16), (256, 24, 32), (64, 6, 8), (4, 1, 1)])
+def test_shares_stay_the_runs(samples, trajs, elites):
+    expected = dataclasses.replace(ARGS, num_samples=samples, num_pi_trajs=trajs, num_elites=elites, plan_horizon=3)
+    assert latency.planner_of(ARGS, samples, 3) == expected
+
+
+@pytest.mark.parametrize("samples, depth, says", [(1, 3, "--num-pi-trajs must be smaller"), (8, 0, "--plan-horizon")])
+def test_planners_that_cannot_be(samples, depth, says):
+    with pytest.raises(SystemExit, match=f"^--samples {samples}, --depths {depth}: {says}"):
+        latency.planner_of(ARGS, samples, depth)
+
+
+def test_policy_alone_has_the_same_flags():
+    args = latency.of_policy_alone(ARGS)
+    assert isinstance(args, policy_only.Args)
+    assert {name: getattr(ARGS, name) for name in vars(args)} == vars(args)
+
+
+def test_a_comparison(tmp_path):
+    """The policy first, by which the others are measured."""
+    latency.main(latency.Options(ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", samples=(16,), depths=(2,),
+                                 repeats=3, csv=tmp_path / "t.csv"))
+    with open(tmp_path / "t.csv", newline="") as file:
+        policy, plan = csv.DictReader(file)
+    assert (policy["samples"], policy["times_policy"], plan["samples"], plan["depth"]) == ("policy", "1.0", "16", "2")
+    assert float(plan["times_policy"]) > 1.0 and plan["return"] == ""
