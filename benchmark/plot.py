@@ -190,7 +190,10 @@ def draw(rows, grid, path, cost_line):
             axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1000:g}k")
             axis.grid(alpha=0.3)
         line[0].set_ylabel(task if len(grid.tasks) > 1 else "")
-        line[0].legend(frameon=False, fontsize="small")
+        if len(grid.settings) <= 5:  # more would hide the curves
+            line[0].legend(frameon=False, fontsize="small")
+    if len(grid.settings) > 5:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     tasks = ", ".join(grid.tasks) if len(grid.tasks) == 1 else ""
     figure.align_ylabels()
     figure.suptitle(": ".join(text for text in (grid.title, tasks) if text))
@@ -217,7 +220,7 @@ def draw_setting(axis, seeds, color, label):
 def draw_tradeoff(rows, grid, path, printed):
     """Return against cost at the end: a colour per setting, a panel per task; hollow: the paper's."""
     figure, axes = plt.subplots(1, len(grid.tasks), squeeze=False, layout="constrained",
-                                figsize=(0.8 + 3.2 * len(grid.tasks), 3.6))
+                                figsize=(2.8 + 3.2 * len(grid.tasks), 3.6))
     for task, axis in zip(grid.tasks, axes[0]):
         for color, (setting, entry) in enumerate(grid.settings.items()):
             at = {name: last_values(rows, task, setting, name) for name in ("cost", "return")}
@@ -230,7 +233,8 @@ def draw_tradeoff(rows, grid, path, printed):
         axis.set(title=task, xlabel="evaluation cost", xlim=(-2, None), ylim=(min(0, axis.get_ylim()[0]), None))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("evaluation return")
-    axes[0, 0].legend(frameon=False, fontsize="x-small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), title="hollow: the paper's" if printed else None,
+                  frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 

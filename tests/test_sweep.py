@@ -48,7 +48,7 @@ def grids(tmp_path_factory):
                                          ("recipe", {"fig3": 9, "fig4": 9, "fig6": 9, "fig7": 6, "fig8": 8, "fig9": 10,
                                                      "table1": 9}),
                                          ("two_cores", {"fig3": 18, "fig4": 18, "fig6": 9, "fig7": 6, "fig8": 8, "fig9": 10,
-                                                        "table1": 80})])
+                                                        "table1": 120})])
 def test_the_committed_grids(grids, scale, runs):
     """Counted by hand; every run has a name of its own, and flags that its script takes."""
     assert {name: len({job.name for job in jobs}) for name, jobs in grids[scale].items()} == runs
