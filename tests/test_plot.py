@@ -235,19 +235,21 @@ def test_a_grid_chooses_its_runs(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # What is committed
 # ----------------------------------------------------------------------------------------------------------------------
-FIGURES = sorted(RESULTS.glob("*_recipe.csv"))
+FIGURES = sorted(path for path in RESULTS.glob("*.csv") if path.with_suffix(".md").exists())
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
 def test_committed_results_come_from_the_committed_csv(path, tmp_path):
-    """Picture to the pixel, table to the letter, the table also on its page."""
-    name, scale = path.stem.rsplit("_", 1)
+    """Pictures to the pixel, table to the letter, the table also on its page."""
+    name, scale = path.stem.split("_", 1)
     grid = ROOT / "benchmark" / "grids" / f"{name}.yaml"
-    paper = PAPER if name == "table1" else None
+    paper, tradeoff = PAPER if name == "table1" else None, path.with_name(f"{path.stem}_tradeoff.png")
     plot.main(plot.Options(csv=path, grid=grid, scale=scale, picture=tmp_path / "p.png", table=tmp_path / "t.md",
-                           paper=paper))
+                           paper=paper, tradeoff=tmp_path / "o.png" if tradeoff.exists() else None))
     assert (tmp_path / "t.md").read_text() == path.with_suffix(".md").read_text()
-    assert np.array_equal(plt.imread(tmp_path / "p.png"), plt.imread(path.with_suffix(".png")))
+    pictures = {path.with_suffix(".png"): tmp_path / "p.png", tradeoff: tmp_path / "o.png"}
+    assert all(np.array_equal(plt.imread(made), plt.imread(kept)) for kept, made in pictures.items() if kept.exists())
     names = read_grid(grid, scale).settings
     assert {line["exp_name"] for line in plot.read_rows(path)} <= set(names)
-    assert path.with_suffix(".md").read_text() in (ROOT / "docs" / "results" / "recipe.md").read_text()
+    page = "recipe.md" if scale == "recipe" else f"{name}.md"
+    assert path.with_suffix(".md").read_text() in (ROOT / "docs" / "results" / page).read_text()
