@@ -1,15 +1,14 @@
 """benchmark/latency.py: the planners that are compared, and a short comparison on the committed agent."""
 import csv
 import dataclasses
-from pathlib import Path
 
 import pytest
 from benchmark import latency
 from conftest import small_args
+from test_train import QUICK, ROOT, run
 
 import spowl_policy_only as policy_only
 
-ROOT = Path(__file__).resolve().parent.parent
 ARGS = small_args(num_samples=128, num_pi_trajs=12, num_elites=16, plan_horizon=6)
 
 
@@ -33,9 +32,9 @@ def test_policy_alone_has_the_same_flags():
 
 def test_a_comparison(tmp_path):
     """The policy first, by which the others are measured."""
-    latency.main(latency.Options(ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", samples=(16,), depths=(2,),
-                                 repeats=3, csv=tmp_path / "t.csv"))
-    with open(tmp_path / "t.csv", newline="") as file:
+    agent, table = ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path / "t.csv"
+    run(tmp_path, agent, "--samples", 16, "--depths", 2, "--repeats", 3, "--csv", table, script=latency.__file__, **QUICK)
+    with open(table, newline="") as file:
         policy, plan = csv.DictReader(file)
     assert (policy["samples"], policy["times_policy"], plan["samples"], plan["depth"]) == ("policy", "1.0", "16", "2")
     assert float(plan["times_policy"]) > 1.0 and plan["return"] == ""

@@ -148,6 +148,7 @@ def test_a_scale_without_a_setting_is_refused(tmp_path):
 
 @pytest.mark.parametrize("before, after, says", [
     ("num-q: 3", "num-q: 0", "setting one: --num-q must be at least 1"),
+    ("seeds: [1]", "seeds: [1, -1]", "setting one: --seed must be at least 0"),
     ("num-q: 3", "num-quark: 3", "setting one: Unrecognized options: --num-quark"),
     ("SafetyPointGoal1-v0", "SafetyPointGoal9-v0", "--env-id SafetyPointGoal9-v0 is not a task"),
     ("spowl_continuous.py", "spowl_discrete.py", "script spowl_discrete.py does not exist"),
@@ -262,6 +263,9 @@ def check_env_id(env_id):
 
 def parse_args(argv=None):
     return tyro.cli(Args, args=argv)
+
+def problems(args):
+    return []
 
 def main(args):
     if args.fail_always:
