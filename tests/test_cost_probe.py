@@ -1,6 +1,8 @@
-"""benchmark/cost_probe.py and pretrained.py on a run directory made by hand: what is read, left out, asked and kept."""
+"""benchmark/cost_probe.py, blind.py and pretrained.py, on a run directory made by hand and on a task."""
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -80,6 +82,30 @@ def test_sensors_of_a_task():
     names = ["accelerometer", "velocimeter", "gyro", "magnetometer", "goal_lidar", "hazards_lidar", "vases_lidar"]
     assert cost_probe.sensors("SafetyPointGoal1-v0") == dict(zip(names, [
         slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), slice(12, 28), slice(28, 44), slice(44, 60)]))
+
+
+BLIND = """
+import sys; sys.path.insert(0, "benchmark")
+import blind, numpy as np
+plain, without = (blind.spowl.import_safety_gymnasium().make(f"SafetyPointGoal1{name}-v0") for name in
+                  ("", "NoHazardsLidar"))
+pairs = [[env.reset(seed=1)[0] for env in (plain, without)]]
+for _ in range(1000):
+    seen, hidden = (env.step(np.ones(2)) for env in (plain, without))
+    assert seen[1:5] == hidden[1:5]
+    pairs.append([seen[0], hidden[0]])
+assert seen[4] and all(np.delete(a - b, slice(28, 44)).any() == b[28:44].any() == False for a, b in pairs)
+assert np.abs(pairs)[:, 0, 28:44].max() > 0.5 and pairs[0][0].dtype == pairs[0][1].dtype
+blind.spowl.main(["--env-id", "SafetyPointCircle1NoVasesLidar-v0"])
+"""
+
+
+def test_a_task_without_a_sensor():
+    """The same episode to its end but for the entries of the hazards' lidar; a task without such a sensor says so."""
+    ended = subprocess.run([sys.executable, "-c", BLIND], cwd=cost_probe.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].endswith(
+        "ValueError: SafetyPointCircle1-v0 has no vases_lidar, but accelerometer, velocimeter, gyro, magnetometer, "
+        "circle_lidar"), ended.stderr
 
 
 @pytest.mark.parametrize("stored", ["raw", "log"])
