@@ -2,8 +2,8 @@
 
     python benchmark/blind.py --preset laptop --env-id SafetyPointGoal1NoHazardsLidar-v0
 
-Every task whose observations are a flat vector is there under such names; all flags are those of spowl_continuous.py,
-with --resume and --evaluate, too."""
+Every such task with a flat observation is there for each of SENSORS; flags and run directories are those of
+spowl_continuous.py."""
 
 import sys
 from functools import partial
@@ -44,13 +44,14 @@ class Blind(gymnasium.Wrapper):
 
 def make_blind(env_id, sensor, **options):
     """The task without that sensor. ValueError if it has none such."""
-    if sensor not in (places := sensors(env_id)):
+    env = spowl.import_safety_gymnasium().make(env_id, **options)
+    if sensor not in (places := sensors(env)):
         raise ValueError(f"{env_id} has no {sensor}, but {', '.join(places)}")
-    return Blind(spowl.import_safety_gymnasium().make(env_id, **options), places[sensor])
+    return Blind(env, places[sensor])
 
 
 def register():
-    """Every flat task under the names {task}No{Sensor}-v0."""
+    """Every flat task, for each of SENSORS, as {task}No{Sensor}-v0."""
     safety_gymnasium = spowl.import_safety_gymnasium()
     from safety_gymnasium.utils.registration import safe_registry
     for env_id in [name for name in safe_registry if name.endswith("-v0") and "Vision" not in name]:

@@ -87,9 +87,9 @@ def transformed(rows, stored, args):
     return rows._replace(obs=see(rows.obs), next_obs=see(rows.next_obs))
 
 
-def sensors(env_id):
-    """{name of a sensor: its entries in the observation} of a task."""
-    space = spowl.import_safety_gymnasium().make(env_id).unwrapped.task.obs_info.obs_space_dict
+def sensors(env):
+    """{name of a sensor: its entries in the observation} of a task's environment."""
+    space = env.unwrapped.task.obs_info.obs_space_dict
     ends = np.cumsum([math.prod(part.shape) for part in space.spaces.values()]).tolist()
     return {name: slice(end - math.prod(part.shape), end) for (name, part), end in zip(space.spaces.items(), ends)}
 
@@ -205,7 +205,7 @@ def read_variant(variant, info):
 
 def main(options):
     stored, args = load_rows(options.run, options.max_steps)
-    places = sensors(args.env_id)
+    places = sensors(spowl.import_safety_gymnasium().make(args.env_id))
     for name in options.without:
         if name not in places:
             raise SystemExit(f"--without {name}: {args.env_id} has {', '.join(places)}")

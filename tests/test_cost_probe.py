@@ -80,7 +80,7 @@ def test_reading_by_hand(monkeypatch):
 def test_sensors_of_a_task():
     """PointGoal1: four readings of three numbers, then three lidars of 16 (Safety-Gymnasium's documentation)."""
     names = ["accelerometer", "velocimeter", "gyro", "magnetometer", "goal_lidar", "hazards_lidar", "vases_lidar"]
-    assert cost_probe.sensors("SafetyPointGoal1-v0") == dict(zip(names, [
+    assert cost_probe.sensors(spowl.import_safety_gymnasium().make("SafetyPointGoal1-v0")) == dict(zip(names, [
         slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12), slice(12, 28), slice(28, 44), slice(44, 60)]))
 
 
