@@ -29,6 +29,8 @@ def main(options):
     found = spowl.checkpoints(options.run)
     if not found:
         raise SystemExit(f"{options.run} has no checkpoint")
+    if options.to.exists():
+        raise SystemExit(f"{options.to} is there already: name another directory")
     info = json.loads((options.run / "args.json").read_text())
     with np.load(found[-1]) as file:
         kept = {name: file[name] for name in file.files if name == "counters" or name.startswith("['agent']")}

@@ -186,6 +186,8 @@ def test_pretrained_keeps_what_evaluation_needs(run, tmp_path):
     assert (counters["step"], counters["cost"]) == (1200, 10.0)
     with pytest.raises(SystemExit, match="not a checkpoint"):
         spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1], "buffer": spowl.init_buffer(ARGS, 3, 2)})
+    with pytest.raises(SystemExit, match="is there already"):
+        pretrained.main(pretrained.Options(run[0], tmp_path / "kept"))
 
 
 KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/*/args.json"))
