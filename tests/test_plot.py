@@ -207,6 +207,17 @@ def test_the_same_run_twice_is_refused(tmp_path):
     assert not (tmp_path / "rows.csv").exists()
 
 
+def test_runs_of_several_machines_gather_in_one_table(tmp_path):
+    """--add replaces a run that is in the table by the one given and leaves the others."""
+    first, second, table = make_run(tmp_path / "1"), make_run(tmp_path / "2", seed=2), tmp_path / "rows.csv"
+    plot.main(plot.Options(csv=table, runs=(first,)))
+    plot.main(plot.Options(csv=table, runs=(second,), add=True))
+    (first / "episodes.csv").write_text("split,step,environment,return,cost,length\neval,300,0,9.0,1.0,1000\n")
+    plot.main(plot.Options(csv=table, runs=(first,), add=True))
+    assert [(line["seed"], line["step"], line["return"]) for line in plot.read_rows(table)] == [
+        (2, 100, 4.0), (2, 200, 8.0), (1, 300, 9.0)]
+
+
 def test_what_is_no_run_and_no_table_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is not a run directory"):
         plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=(tmp_path,)))
