@@ -297,7 +297,7 @@ PRESETS = {
         total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="bins",
         latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, num_qc=3, num_c=3, lagrangian_heads=3,
         batch_size=128, cost_read_out="expectation", cost_gamma=0.95, lambda_max=0.2, mu_init=4.8e-8, mu_growth=5e-6,
-        plan_horizon=6, num_samples=128, num_pi_trajs=12, num_elites=16, iterations=4),
+        num_samples=64, num_pi_trajs=8, num_elites=8, iterations=4),
 }
 
 

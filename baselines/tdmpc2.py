@@ -262,8 +262,8 @@ PRESETS = {
     "paper": {},
     "laptop": dict(
         total_timesteps=300_000, eval_every=20_000, buffer_size=300_000, updates_per_step=0.5, obs_transform="bins",
-        latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, batch_size=128, plan_horizon=6, num_samples=128,
-        num_pi_trajs=12, num_elites=16, iterations=4),
+        latent_dim=128, enc_dim=128, mlp_dim=128, num_q=3, batch_size=128, num_samples=64, num_pi_trajs=8,
+        num_elites=8, iterations=4),
 }
 
 
