@@ -43,7 +43,7 @@ class Options:
     csv: Path | None = None
     """table to write from the run directories, or to read where none is given"""
     add: bool = False
-    """keep the table's rows of all other runs (name, task, seed), which may have been made on another machine"""
+    """keep the rows of all other runs (name, task, seed) in a table that is there: they may be of another machine"""
     picture: Path | None = None
     """learning curves to draw"""
     table: Path | None = None
@@ -335,13 +335,13 @@ def main(options):
         rows = [row for run_dir in options.runs for row in evaluations(run_dir, grid)]
         if not grid and not rows:
             raise SystemExit("these run directories have no evaluation yet")
-        if options.add:
+        if options.add and options.csv.exists():
             named = lambda row: (row["exp_name"], row["env_id"], row["seed"])
             again = set(map(named, rows))
             rows = [row for row in read_rows(options.csv) if named(row) not in again] + rows
         if grid:
-            order = list(grid.settings)
-            rows.sort(key=lambda row: (row["env_id"], order.index(row["exp_name"]), row["seed"], row["step"]))
+            order = {name: number for number, name in enumerate(grid.settings)}  # --add keeps names of other grids too
+            rows.sort(key=lambda row: (row["env_id"], order.get(row["exp_name"], len(order)), row["seed"], row["step"]))
         write_rows(options.csv, rows)
     rows = read_rows(options.csv)
     grid = grid or grid_of(rows)

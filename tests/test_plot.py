@@ -210,12 +210,22 @@ def test_the_same_run_twice_is_refused(tmp_path):
 def test_runs_of_several_machines_gather_in_one_table(tmp_path):
     """--add replaces a run that is in the table by the one given and leaves the others."""
     first, second, table = make_run(tmp_path / "1"), make_run(tmp_path / "2", seed=2), tmp_path / "rows.csv"
-    plot.main(plot.Options(csv=table, runs=(first,)))
-    plot.main(plot.Options(csv=table, runs=(second,), add=True))
+    for run_dir in (first, second):
+        plot.main(plot.Options(csv=table, runs=(run_dir,), add=True))
     (first / "episodes.csv").write_text("split,step,environment,return,cost,length\neval,300,0,9.0,1.0,1000\n")
     plot.main(plot.Options(csv=table, runs=(first,), add=True))
     assert [(line["seed"], line["step"], line["return"]) for line in plot.read_rows(table)] == [
         (2, 100, 4.0), (2, 200, 8.0), (1, 300, 9.0)]
+    grid = tmp_path / "grid.yaml"  # which does not know the runs that are in the table already
+    grid.write_text("title: t\ntasks: [task]\nscales:\n  recipe: {seeds: [1]}\n"
+                    "settings:\n  new: {label: n, script: s}\n")
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "args.json").write_text(json.dumps({"args": {"exp_name": "new", "env_id": "task", "seed": 1}}))
+    (tmp_path / "3" / "episodes.csv").write_text((first / "episodes.csv").read_text())
+    plot.main(plot.Options(csv=table, runs=(tmp_path / "3",), add=True, grid=grid, picture=tmp_path / "p.png",
+                           table=tmp_path / "t.md"))
+    assert [(line["exp_name"], line["seed"]) for line in plot.read_rows(table)] == [
+        ("new", 1), ("full", 1), ("full", 2), ("full", 2)]
 
 
 def test_what_is_no_run_and_no_table_is_refused(tmp_path):
