@@ -1,7 +1,7 @@
 """What the machine can do, and how near to it the agent comes: one table, one picture, one run on one machine.
 
     python benchmark/speed.py                                  # everything, minutes; leave the machine alone meanwhile
-    python benchmark/speed.py --sizes recipe --parts update plan --json speed.json
+    python benchmark/speed.py --sizes laptop --parts update plan --json speed.json
 
 The ceiling is measured in the same run: a large float32 matrix product, and a copy of the device's memory. Operations
 are counted as the fewest that the method needs (see `update_flops` and `plan_flops`), so doing more of them does not
@@ -33,16 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import spowl_continuous as spowl
 from baselines import ppo_lagrangian
 
-SIZES = {"default": {}, "recipe": dict(enc_dim=128, mlp_dim=128, latent_dim=128, num_samples=128, num_elites=16,
-                                       num_pi_trajs=12, iterations=4, buffer_size=100_000)}
+SIZES = {"paper": {}, "laptop": spowl.PRESETS["laptop"]}
 PARTS = ("update", "plan", "env_step", "cycle", "growth")
 COLUMNS = ("size", "part", "seconds", "flops", "share_of_ceiling", "compile_seconds", "peak_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    sizes: tuple[Literal["default", "recipe"], ...] = ("recipe", "default")
-    """sizes of the networks and the planner; how times grow, and the simulator, are measured with the first"""
+    sizes: tuple[Literal["paper", "laptop"], ...] = ("laptop", "paper")
+    """presets to measure; how times grow, and the simulator, are measured with the first"""
     parts: tuple[Literal["ceiling", "update", "plan", "env_step", "cycle", "growth", "on_policy"], ...] = PARTS
     """what to measure; the ceiling always is, by itself if it is all that is named; on_policy, not measured unless
     named, is a rollout of PPO-Lagrangian at its own sizes"""
@@ -70,8 +69,14 @@ def products(rows, *sizes):
     return 2 * rows * sum(n_in * n_out for n_in, n_out in zip(sizes[:-1], sizes[1:]))
 
 
+def encoder_dim(args, obs_dim):
+    """How many numbers the encoder gets of an observation."""
+    return jax.eval_shape(partial(spowl.spread_obs, args), jnp.zeros(obs_dim)).size
+
+
 def update_flops(args, obs_dim, action_dim):
     """One update: heads that targets and losses read, forward once, backward by weights and by inputs where needed."""
+    obs_dim = encoder_dim(args, obs_dim)
     z, w, bins, starts = args.latent_dim, args.mlp_dim, args.num_bins, args.batch_size
     rows = starts * args.horizon
     head = partial(products, rows, z + action_dim, w, w, bins)
@@ -90,7 +95,8 @@ def update_flops(args, obs_dim, action_dim):
 def plan_flops(args, obs_dim, action_dim):
     """Acting once in all environments: the policy's sequences are scored once; the common first latent is multiplied
     once per network, not once per sequence."""
-    z, w, bins, horizon, prior = args.latent_dim, args.mlp_dim, args.num_bins, args.horizon, args.num_pi_trajs
+    z, w, bins, horizon, prior = (args.latent_dim, args.mlp_dim, args.num_bins, args.plan_horizon or args.horizon,
+                                  args.num_pi_trajs)
     networks = 2 + args.num_c  # reward, dynamics, cost heads: what a step of a sequence passes through
     scored = prior + args.iterations * (args.num_samples - prior)
     step = (1 + args.num_c) * products(scored, z + action_dim, w, w, bins) + products(
@@ -100,7 +106,8 @@ def plan_flops(args, obs_dim, action_dim):
         scored, z + action_dim, w, w, bins)
     rollout = horizon * (products(prior, z, w, w, 2 * action_dim) + products(prior, z + action_dim, w, w, z))
     choice = (args.num_q + args.num_qc) * products(2, z + action_dim, w, w, bins)
-    return args.num_envs * (products(1, obs_dim, args.enc_dim, z) + horizon * step - common + last + rollout + choice)
+    encoded = products(1, encoder_dim(args, obs_dim), args.enc_dim, z)
+    return args.num_envs * (encoded + horizon * step - common + last + rollout + choice)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ def measure_cycle(args, share):
         for _ in range(args.horizon):  # enough to sample from; compiles
             run, _ = spowl.collect(args, envs, run)
         steps = max(1, round(share * args.train_every / (args.num_envs * args.action_repeat)))
-        updates = steps * args.num_envs
+        updates = max(1, round(steps * args.num_envs * args.updates_per_step))
         agent, metrics = spowl.update_many(args, run.agent, run.buffer, updates)
         jax.device_get(metrics)
         run, acting, began = run._replace(agent=agent), 0.0, time.perf_counter()
@@ -319,8 +326,9 @@ def measure(options):
                 yield row(size, "env_step" + suffix, ours, share=alone / ours)
         if "cycle" in options.parts:
             acting, stepping, updating = measure_cycle(args, options.cycle_share)
-            seconds, updates = acting + stepping + updating, args.train_every / args.action_repeat
-            flops = updates * (update_flops(args, *sizes) + plan_flops(args, *sizes) / args.num_envs)
+            seconds, decisions = acting + stepping + updating, args.train_every / args.action_repeat
+            flops = decisions * (args.updates_per_step * update_flops(args, *sizes)
+                                 + plan_flops(args, *sizes) / args.num_envs)
             yield row(size, "cycle", seconds, flops, share(flops, seconds))
             for name, value in (("act", acting), ("environments", stepping), ("updates", updating)):
                 yield row(size, f"cycle: {name}", value)
@@ -368,7 +376,7 @@ def draw(rows, path):
             for color, (name, points) in enumerate(curves.items()):
                 base, seconds = points[1]
                 axis.plot([x / base for x, _ in points], [y / seconds for _, y in points], color=f"C{color}",
-                          marker="o", linestyle="-" if size == "default" else "--", label=f"{name} ({size})")
+                          marker="o", linestyle="-" if size == "paper" else "--", label=f"{name} ({size})")
         axis.axline((0, 0), slope=1, color="black", linewidth=0.6)
         axis.set(title=f"{part}: time", xlabel="size, relative to that of the run", xlim=(0, 2.1), ylim=(0, 2.5))
         axis.grid(alpha=0.3)

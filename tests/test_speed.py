@@ -71,11 +71,11 @@ def test_default_sizes_against_an_earlier_count():
 @pytest.mark.long
 def test_every_part_is_measured_written_and_drawn(tmp_path, monkeypatch):
     tiny = SMALL | {"buffer_size": 400, "train_every": 40, "action_repeat": 2, "horizon": 2}
-    monkeypatch.setattr(speed, "SIZES", {"recipe": tiny})
+    monkeypatch.setattr(speed, "SIZES", {"laptop": tiny})
     monkeypatch.setattr(speed, "GROWTH", {"plan": {}, "update": {"batch_size": (8, 8, 16)}})
     monkeypatch.setattr(speed, "measure_env_step", lambda args: (0.02, 0.01))
     files = {name: tmp_path / f"speed.{name}" for name in ("json", "csv")} | {"picture": tmp_path / "speed.png"}
-    speed.main(speed.Options(sizes=("recipe",), repeats=1, cycle_share=0.5, **files))
+    speed.main(speed.Options(sizes=("laptop",), repeats=1, cycle_share=0.5, **files))
     rows = json.loads(files["json"].read_text())
     parts = {row["part"]: row for row in rows}
     assert set(speed.COLUMNS) == set(rows[0])
@@ -104,6 +104,6 @@ def test_the_committed_picture_comes_from_the_committed_csv(tmp_path):
 
 
 def test_a_csv_of_something_else_is_refused(tmp_path):
-    (tmp_path / "other.csv").write_text("size,part\nrecipe,update\n")
+    (tmp_path / "other.csv").write_text("size,part\nlaptop,update\n")
     with pytest.raises(SystemExit, match="not a table that this program wrote"):
         speed.main(speed.Options(csv=tmp_path / "other.csv", picture=tmp_path / "p.png", redraw=True))
