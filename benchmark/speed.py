@@ -95,8 +95,7 @@ def update_flops(args, obs_dim, action_dim):
 def plan_flops(args, obs_dim, action_dim):
     """Acting once in all environments: the policy's sequences are scored once; the common first latent is multiplied
     once per network, not once per sequence."""
-    z, w, bins, horizon, prior = (args.latent_dim, args.mlp_dim, args.num_bins, args.plan_horizon or args.horizon,
-                                  args.num_pi_trajs)
+    z, w, bins, horizon, prior = args.latent_dim, args.mlp_dim, args.num_bins, args.horizon, args.num_pi_trajs
     networks = 2 + args.num_c  # reward, dynamics, cost heads: what a step of a sequence passes through
     scored = prior + args.iterations * (args.num_samples - prior)
     step = (1 + args.num_c) * products(scored, z + action_dim, w, w, bins) + products(
@@ -250,7 +249,7 @@ def measure_cycle(args, share):
         for _ in range(args.horizon):  # enough to sample from; compiles
             run, _ = spowl.collect(args, envs, run)
         steps = max(1, round(share * args.train_every / (args.num_envs * args.action_repeat)))
-        updates = max(1, round(steps * args.num_envs * args.updates_per_step))
+        updates = spowl.updates_due(args, steps * args.num_envs * args.action_repeat)
         agent, metrics = spowl.update_many(args, run.agent, run.buffer, updates)
         jax.device_get(metrics)
         run, acting, began = run._replace(agent=agent), 0.0, time.perf_counter()
@@ -326,9 +325,9 @@ def measure(options):
                 yield row(size, "env_step" + suffix, ours, share=alone / ours)
         if "cycle" in options.parts:
             acting, stepping, updating = measure_cycle(args, options.cycle_share)
-            seconds, decisions = acting + stepping + updating, args.train_every / args.action_repeat
-            flops = decisions * (args.updates_per_step * update_flops(args, *sizes)
-                                 + plan_flops(args, *sizes) / args.num_envs)
+            seconds, plans = acting + stepping + updating, args.train_every / args.action_repeat / args.num_envs
+            flops = spowl.updates_due(args, args.train_every) * update_flops(args, *sizes)
+            flops += plans * plan_flops(args, *sizes)
             yield row(size, "cycle", seconds, flops, share(flops, seconds))
             for name, value in (("act", acting), ("environments", stepping), ("updates", updating)):
                 yield row(size, f"cycle: {name}", value)
