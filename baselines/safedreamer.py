@@ -1302,8 +1302,8 @@ def make_env(args, drawn):
 def env_worker(pipe, args, stream, indices, drawn):
     """Body of a process that holds the environments `indices`. It answers
     ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
-    ("step", [action in [-1, 1], ...]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator steps
-    taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
+    ("step", actions (n, A) in [-1, 1]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator
+    steps taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
     ("draw", ...) with a picture of the first one, or None. Whatever goes wrong is sent as text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1315,39 +1315,45 @@ def env_worker(pipe, args, stream, indices, drawn):
 
     def reset(index, episode):
         obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
-        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), np.zeros(3)
+        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), (0.0, 0.0, 0)
 
     def step(index, action):
-        env, before, total = envs[index], seen[index], np.zeros(2)
-        low, high = env.action_space.low, env.action_space.high
-        scaled = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high)
+        env, total_reward, total_cost = envs[index], 0.0, 0.0
         for steps in range(1, args.action_repeat + 1):
-            obs, reward, cost, terminated, truncated, _ = env.step(scaled)
-            total += reward, cost
+            obs, reward, cost, terminated, truncated, _ = env.step(action)
+            total_reward, total_cost = total_reward + float(reward), total_cost + float(cost)
             if terminated or truncated:
                 break
-        seen[index], so_far[index] = see(env, obs), so_far[index] + [*total.astype(np.float32), steps]
-        row, stats = Transition(before, action, *total, seen[index], terminated, terminated or truncated), so_far[index]
-        if row.done:
+        seen[index] = next_obs = see(env, obs)
+        amounts = float(np.float32(total_reward)), float(np.float32(total_cost)), steps
+        stats = so_far[index] = tuple(before + amount for before, amount in zip(so_far[index], amounts))
+        if terminated or truncated:
             reset(index, episodes[index] + 1)
-        return Transition(*(np.asarray(x, np.float32) for x in row)), [steps, *stats]
+        return next_obs, (total_reward, total_cost, terminated, terminated or truncated, steps, *stats)
+
+    def scale(actions, low, high):
+        return np.clip(low + 0.5 * (actions + 1.0) * (high - low), low, high)
 
     try:
         envs = {index: make_env(args, drawn and index == 0) for index in indices}
-        pipe.send((envs[indices[0]].observation_space.shape[0], envs[indices[0]].action_space.low.size))
+        bounds = np.stack([(env.action_space.low, env.action_space.high) for env in envs.values()], 1)
+        pipe.send((envs[indices[0]].observation_space.shape[0], bounds.shape[2]))
         while True:
             while not pipe.poll(5.0):
                 if os.getppid() != parent:
                     return
             command, values = pipe.recv()
             if command == "step":
-                rows, stats = zip(*map(step, indices, values))
-                answer = np.stack(list(seen.values())), Transition(*map(np.stack, zip(*rows))), np.array(stats)
+                obs = np.stack(list(seen.values()))
+                next_obs, numbers = zip(*map(step, indices, scale(values, *bounds)))
+                reward, cost, terminated, done = np.array(numbers).T[:4].astype(np.float32)
+                rows = Transition(obs, values, reward, cost, np.stack(next_obs), terminated, done)
+                answer = np.stack(list(seen.values())), rows, np.array(numbers)[:, 4:]
             elif command == "reset":
-                for index, (episode, actions) in zip(indices, values):
+                for index, (episode, actions), low, high in zip(indices, values, *bounds):
                     reset(index, episode)
                     for action in actions:
-                        step(index, action)
+                        step(index, scale(action, low, high))
                 answer = np.stack(list(seen.values()))
             else:
                 answer = None
@@ -1398,10 +1404,10 @@ def receive(envs, number, timeout=None):
 
 
 def ask(envs, command, values, timeout=None):
-    """One command to every process, with `values[i]` for environment i -> their answers."""
-    for group, (_, pipe) in zip(envs.groups, envs.workers):
+    """One command to every process, with its part of `values`, one for each -> their answers."""
+    for part, (_, pipe) in zip(values, envs.workers):
         with contextlib.suppress(OSError):  # it is dead: `receive` says so
-            pipe.send((command, [values[index] for index in group]))
+            pipe.send((command, part))
     return [receive(envs, number, timeout) for number in range(len(envs.workers))]
 
 
@@ -1444,13 +1450,14 @@ def reset_envs(envs, episodes, taken=None):
     """Begin episode `episodes[i]` in environment i and take the actions `taken[i]` (T_i, A) in it -> obs (E, O).
 
     The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
-    return np.concatenate(ask(envs, "reset", list(zip(episodes, taken or [[]] * len(episodes))), START_TIMEOUT))
+    begins = list(zip(episodes, taken or [[]] * len(episodes)))
+    return np.concatenate(ask(envs, "reset", [[begins[i] for i in group] for group in envs.groups], START_TIMEOUT))
 
 
 def step_envs(envs, action):
     """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
     simulator steps taken, then return, cost and length of the episode so far."""
-    obs, rows, stats = zip(*ask(envs, "step", action))
+    obs, rows, stats = zip(*ask(envs, "step", [np.asarray(action)[group] for group in envs.groups]))
     return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
 
 
@@ -1515,7 +1522,7 @@ def play(args, agent, envs, episode, count, stopping):
             plans = float(actor.metrics["charts/balance"][index]) / len(rows)
             ends[index] = dict(zip(("environment", "return", "cost", "length", "balance", "played"), (
                 episode + index, *stats[index, 1:3].tolist(), int(stats[index, 3]), plans, played)))
-        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", obs)[0]) is not None:
+        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", envs.groups)[0]) is not None:
             frames.append((picture, *stats[0, 1:3]))
     return [ends[index] for index in sorted(ends)], frames
 

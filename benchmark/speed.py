@@ -218,8 +218,10 @@ def step_alone(args, indices, actions, pipe):
 
 
 def measure_env_step(args, steps=600):
-    """Agent steps of all environments with the same random actions -> seconds of one, seconds if no process waited."""
-    envs, _, action_dim = spowl.start_envs(args, 0, args.num_envs, start_method="spawn")
+    """Agent steps of all environments with the same random actions -> seconds of one, seconds if no process waited.
+
+    Processes are forked, as a run's are: call it before JAX is used."""
+    envs, _, action_dim = spowl.start_envs(args, 0, args.num_envs)
     try:
         actions = random_actions(args, action_dim, steps)
         spowl.reset_envs(envs, [0] * args.num_envs)
@@ -229,7 +231,7 @@ def measure_env_step(args, steps=600):
         ours = time.perf_counter() - began
     finally:
         spowl.close_envs(envs)
-    context, started = multiprocessing.get_context("spawn"), []
+    context, started = multiprocessing.get_context("fork"), []
     for indices in envs.groups:
         pipe, theirs = context.Pipe()
         context.Process(target=step_alone, args=(args, indices, actions, theirs), daemon=True).start()
@@ -267,10 +269,12 @@ def measure_cycle(args, share):
 
 def measure_on_policy(env_id, count=3):
     """Rollouts of baselines/ppo_lagrangian.py and what is learned from them, the first one (it compiles) left out ->
-    seconds of an agent step of all environments, seconds if no process waited, median seconds of a whole rollout."""
+    seconds of an agent step of all environments, seconds if no process waited, median seconds of a whole rollout.
+
+    Processes are forked, as a run's are: call it before JAX is used."""
     args = ppo_lagrangian.Args(env_id=env_id)
     step, alone = measure_env_step(args)
-    envs, *sizes = ppo_lagrangian.start_envs(args, 0, args.num_envs, start_method="spawn")
+    envs, *sizes = ppo_lagrangian.start_envs(args, 0, args.num_envs)
     seconds, bar = [], tqdm(file=io.StringIO())
     try:
         run = ppo_lagrangian.begin(args, envs, sizes)
@@ -301,7 +305,18 @@ def grown(args, part):
 
 
 def measure(options):
-    """Rows, one at a time as they are measured."""
+    """Rows, one at a time as they are measured; first what has to come before JAX is used."""
+    if "env_step" in options.parts:
+        args = spowl.Args(env_id=options.env_id, **SIZES[options.sizes[0]])
+        for env_id in dict.fromkeys((options.env_id, "SafetyAntGoal1-v0")):
+            ours, alone = measure_env_step(dataclasses.replace(args, env_id=env_id))
+            suffix = "" if env_id == options.env_id else f" {env_id}"
+            yield row(options.sizes[0], "env_step" + suffix, ours, share=alone / ours)
+    if "on_policy" in options.parts:
+        step, alone, rollout = measure_on_policy(options.env_id)
+        steps = ppo_lagrangian.Args().train_every // ppo_lagrangian.Args().num_envs
+        yield row("ppo", "env_step", step, share=alone / step)
+        yield row("ppo", "cycle", rollout, share=steps * alone / rollout)
     ceiling, rows = measure_ceiling(options.repeats)
     yield from rows
     for size in options.sizes:
@@ -318,11 +333,6 @@ def measure(options):
             flops = plan_flops(args, *sizes)
             seconds, *about = measure_plan(args, *sizes, options.repeats)
             yield row(size, "plan", seconds, flops, share(flops, seconds), *about)
-        if "env_step" in options.parts and size == options.sizes[0]:
-            for env_id in dict.fromkeys((options.env_id, "SafetyAntGoal1-v0")):
-                ours, alone = measure_env_step(dataclasses.replace(args, env_id=env_id))
-                suffix = "" if env_id == options.env_id else f" {env_id}"
-                yield row(size, "env_step" + suffix, ours, share=alone / ours)
         if "cycle" in options.parts:
             acting, stepping, updating = measure_cycle(args, options.cycle_share)
             seconds, plans = acting + stepping + updating, args.train_every / args.action_repeat / args.num_envs
@@ -331,11 +341,6 @@ def measure(options):
             yield row(size, "cycle", seconds, flops, share(flops, seconds))
             for name, value in (("act", acting), ("environments", stepping), ("updates", updating)):
                 yield row(size, f"cycle: {name}", value)
-        if "on_policy" in options.parts and size == options.sizes[0]:
-            step, alone, rollout = measure_on_policy(options.env_id)
-            steps = ppo_lagrangian.Args().train_every // ppo_lagrangian.Args().num_envs
-            yield row("ppo", "env_step", step, share=alone / step)
-            yield row("ppo", "cycle", rollout, share=steps * alone / rollout)
         if "growth" in options.parts and size == options.sizes[0]:
             for part, run, count in (("update", measure_update, update_flops), ("plan", measure_plan, plan_flops)):
                 for name, value, larger in grown(args, part):
@@ -405,10 +410,10 @@ def main(options):
             raise SystemExit("--redraw needs --csv and --picture")
         return draw(read_rows(options.csv), options.picture)
     rows = []
-    print(jax.devices()[0], f"{os.cpu_count()} CPU cores", flush=True)
     for row in measure(options):
         rows.append(row)
         print(show(row), flush=True)
+    print(jax.devices()[0], f"{os.cpu_count()} CPU cores")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.csv:

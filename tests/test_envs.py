@@ -115,7 +115,7 @@ def same(tree, other):
 
 def step_with(*actions):
     """The command for one agent step, one action per environment."""
-    return "step", [np.array(action, np.float32) for action in actions]
+    return "step", np.array(actions, np.float32)
 
 
 def test_sizes_come_first_and_reset_gives_float32(worker):
