@@ -2,6 +2,7 @@
 
     taskset -c 0 python benchmark/latency.py benchmark/pretrained/laptop_PointGoal1 --csv latency.csv
     python benchmark/latency.py benchmark/pretrained/laptop_PointGoal1 --samples 64 128 --depths 3 6 --episodes 20
+    python benchmark/latency.py RUN --samples 64 --depths 3 --alone --episodes 50   # who acts: policy, either, plan
 
 RUN is a run directory of spowl_continuous.py. Times are medians of deciding for one environment, as multiples of the
 policy's alone in the same process; leave the machine alone meanwhile. The shares of the policy's sequences and of the
@@ -9,6 +10,7 @@ elites among the samples stay the run's. With --episodes each of them also plays
 
 import csv
 import dataclasses
+import itertools
 import os
 import statistics
 import sys
@@ -22,9 +24,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import spowl_continuous as spowl
+import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
 
-COLUMNS = ("samples", "depth", "times_policy", "episodes", "return", "return_std", "cost", "cost_std", "balance")
+COLUMNS = ("acts", "samples", "depth", "times_policy", "episodes", "return", "return_std", "cost", "cost_std", "balance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Options:
     """numbers of sequences scored per iteration"""
     depths: tuple[int, ...] = (3, 6, 10)
     """agent steps that a plan looks ahead"""
+    alone: bool = False
+    """also with each of them its plan alone, executed always"""
     episodes: int = 0
     """evaluation episodes that each plays"""
     repeats: int = 50
@@ -54,10 +59,10 @@ def planner_of(args, samples, depth):
     return args
 
 
-def of_policy_alone(args):
-    """The same flags as spowl_policy_only.py has them."""
-    names = {field.name for field in dataclasses.fields(policy_only.Args)}
-    return policy_only.Args(**{name: value for name, value in vars(args).items() if name in names})
+def of_script(script, args):
+    """The same flags as that script has them."""
+    names = {field.name for field in dataclasses.fields(script.Args)}
+    return script.Args(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def median_seconds(script, args, agent, obs, action_dim, repeats):
@@ -86,14 +91,17 @@ def main(options):
     shapes = jax.eval_shape(lambda: spowl.init_agent(args, jax.random.key(0), *sizes))
     agent = spowl.load_checkpoint(options.run, {"agent": shapes})[0]["agent"]
     obs, rows = spowl.reset_envs(envs, [0] * args.num_envs)[0], []
-    candidates = [("policy", "", policy_only, of_policy_alone(args))]
-    candidates += [(samples, depth, spowl, planner_of(args, samples, depth))
-                   for depth in options.depths for samples in options.samples]
-    for samples, depth, script, chosen in candidates:
+    candidates = [("policy", "", "", policy_only, args)]
+    for depth, samples in itertools.product(options.depths, options.samples):
+        chosen = planner_of(args, samples, depth)
+        candidates += [("plan or policy", samples, depth, spowl, chosen)]
+        candidates += [("plan", samples, depth, plan_only, chosen)] * options.alone
+    for acts, samples, depth, script, chosen in candidates:
+        chosen = of_script(script, chosen)
         seconds = median_seconds(script, chosen, agent, obs, sizes[1], options.repeats)
         alone = seconds if script is policy_only else alone
         values = played(script, chosen, agent, envs, options.episodes) if options.episodes else [0, *[""] * 5]
-        rows.append([samples, depth, round(seconds / alone, 1), *values])
+        rows.append([acts, samples, depth, round(seconds / alone, 1), *values])
         print(*(f"{name} {value}" for name, value in zip(COLUMNS, rows[-1])), sep=", ", flush=True)
     spowl.close_envs(envs)
     if options.csv:

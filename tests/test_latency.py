@@ -7,6 +7,7 @@ from benchmark import latency
 from conftest import small_args
 from test_train import QUICK, ROOT, run
 
+import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
 
 ARGS = small_args(num_samples=128, num_pi_trajs=12, num_elites=16, plan_horizon=6)
@@ -24,17 +25,21 @@ def test_planners_that_cannot_be(samples, depth, says):
         latency.planner_of(ARGS, samples, depth)
 
 
-def test_policy_alone_has_the_same_flags():
-    args = latency.of_policy_alone(ARGS)
-    assert isinstance(args, policy_only.Args)
+@pytest.mark.parametrize("script", [policy_only, plan_only])
+def test_who_acts_alone_has_the_same_flags(script):
+    args = latency.of_script(script, ARGS)
+    assert isinstance(args, script.Args)
     assert {name: getattr(ARGS, name) for name in vars(args)} == vars(args)
 
 
 def test_a_comparison(tmp_path):
-    """The policy first, by which the others are measured."""
+    """The policy first, by which the others are measured; who acts is seen from the balance."""
     agent, table = ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path / "t.csv"
-    run(tmp_path, agent, "--samples", 16, "--depths", 2, "--repeats", 3, "--csv", table, script=latency.__file__, **QUICK)
+    run(tmp_path, agent, "--samples", 16, "--depths", 2, "--repeats", 3, "--alone", "--episodes",
+        1, "--csv", table, script=latency.__file__, **QUICK)
     with open(table, newline="") as file:
-        policy, plan = csv.DictReader(file)
-    assert (policy["samples"], policy["times_policy"], plan["samples"], plan["depth"]) == ("policy", "1.0", "16", "2")
-    assert float(plan["times_policy"]) > 1.0 and plan["return"] == ""
+        policy, either, plan = csv.DictReader(file)
+    assert [row["acts"] for row in (policy, either, plan)] == ["policy", "plan or policy", "plan"]
+    assert (policy["times_policy"], policy["samples"], plan["samples"], plan["depth"]) == ("1.0", "", "16", "2")
+    assert float(either["times_policy"]) > 1.0
+    assert float(policy["balance"]) == 0.0 < float(either["balance"]) < float(plan["balance"]) == 1.0
