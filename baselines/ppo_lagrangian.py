@@ -587,7 +587,7 @@ def fit(args, loss, network, state, parts, pace):
 
 def one_pass(args, networks, states, batch, key, pace):
     """A pass of all networks that have a loss over the same minibatches, the policy's steps times `pace` -> networks,
-    optimizer states, metrics. Each has a scan of its own: a CPU with several cores runs these at the same time."""
+    optimizer states, metrics. Each has a scan of its own."""
     parts, networks, states, metrics = minibatches(args, batch, key), dict(networks), dict(states), {}
     for name, loss in LOSSES.items():
         networks[name], states[name], told = fit(
