@@ -12,6 +12,7 @@ figures of the paper's Table 1 beside ours."""
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import zipfile
@@ -28,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 RESULTS = Path(__file__).resolve().parent / "results"
+COLORS = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]  # the usual ten, then lighter ones
 COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_std", "cost", "cost_std", "cost_rate",
            "balance", "no_improvement", "hours")
 LATER = COLUMNS[-2:]  # older tables lack them
@@ -181,8 +183,8 @@ def draw(rows, grid, path, cost_line):
                                 figsize=(4 * len(grid.panels), 0.5 + 2.9 * len(grid.tasks)))
     for task, line in zip(grid.tasks, axes):
         for name, axis in zip(grid.panels, line):
-            for color, (setting, entry) in enumerate(grid.settings.items()):
-                draw_setting(axis, by_seed(rows, task, setting, name), f"C{color}", entry["label"])
+            for color, (setting, entry) in zip(itertools.cycle(COLORS), grid.settings.items()):
+                draw_setting(axis, by_seed(rows, task, setting, name), color, entry["label"])
             if name == "cost" and cost_line > 0:
                 axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
             is_share = name in ("balance", "no_improvement")
@@ -224,14 +226,14 @@ def draw_tradeoff(rows, grid, path, printed):
     figure, axes = plt.subplots(1, len(grid.tasks), squeeze=False, layout="constrained",
                                 figsize=(2.8 + 3.2 * len(grid.tasks), 3.6))
     for task, axis in zip(grid.tasks, axes[0]):
-        for color, (setting, entry) in enumerate(grid.settings.items()):
+        for color, (setting, entry) in zip(itertools.cycle(COLORS), grid.settings.items()):
             at = {name: last_values(rows, task, setting, name) for name in ("cost", "return")}
-            axis.plot(at["cost"], at["return"], ".", color=f"C{color}", alpha=0.4)
-            axis.plot(*([values.mean()] if len(values) else [] for values in at.values()), "o", color=f"C{color}",
+            axis.plot(at["cost"], at["return"], ".", color=color, alpha=0.4)
+            axis.plot(*([values.mean()] if len(values) else [] for values in at.values()), "o", color=color,
                       label=entry["label"])
             theirs = [printed.get((task, name, algorithm(entry))) for name in ("cost", "return")]
             if all(theirs):
-                axis.plot(*([float(figures[0])] for figures in theirs), "o", color=f"C{color}", fillstyle="none")
+                axis.plot(*([float(figures[0])] for figures in theirs), "o", color=color, fillstyle="none")
         axis.set(title=task, xlabel="evaluation cost", xlim=(-2, None), ylim=(min(0, axis.get_ylim()[0]), None))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("evaluation return")
