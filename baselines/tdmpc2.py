@@ -1067,7 +1067,7 @@ def reset_envs(envs, episodes, taken=None):
 def step_envs(envs, action):
     """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
     simulator steps taken, then return, cost and length of the episode so far."""
-    obs, rows, stats = zip(*ask(envs, "step", [np.asarray(action)[group] for group in envs.groups]))
+    obs, rows, stats = zip(*ask(envs, "step", [np.asarray(action, np.float32)[group] for group in envs.groups]))
     return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
 
 
