@@ -1158,9 +1158,10 @@ def env_worker(pipe, args, stream, indices, drawn):
             if command == "step":
                 obs = np.stack(list(seen.values()))
                 next_obs, numbers = zip(*map(step, indices, scale(values, *bounds)))
-                reward, cost, terminated, done = np.array(numbers).T[:4].astype(np.float32)
+                numbers = np.array(numbers)
+                reward, cost, terminated, done = numbers.T[:4].astype(np.float32)
                 rows = Transition(obs, values, reward, cost, np.stack(next_obs), terminated, done)
-                answer = np.stack(list(seen.values())), rows, np.array(numbers)[:, 4:]
+                answer = np.stack(list(seen.values())), rows, numbers[:, 4:]
             elif command == "reset":
                 for index, (episode, actions), low, high in zip(indices, values, *bounds):
                     reset(index, episode)

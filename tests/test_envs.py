@@ -364,6 +364,15 @@ def test_there_are_as_many_processes_as_cores(scripted_envs, num_envs, cores, gr
         assert obs[:, 1].tolist() == ((t + 1) // per_episode).tolist()
 
 
+def test_simulators_get_the_numbers_that_are_stored(scripted_envs):
+    """float32, whatever the caller's type: a resumed run takes the stored actions again."""
+    life = Scripted(1000)
+    envs = scripted_envs(life, action_repeat=1)
+    reset_envs(envs, [0])
+    stored = [step_envs(envs, np.array([[0.1]], kind))[1].action for kind in (np.float64, np.float32)]
+    assert stored[0].dtype == np.float32 and same(*stored) and same(*life.actions)
+
+
 def test_termination_and_truncation_reach_the_transition(scripted_envs):
     """METHOD §2: an episode ends by termination (bootstrap stops) or by truncation (bootstrap continues)."""
     steps = play(scripted_envs(Scripted(7, "termination"), Scripted(12, "truncation"), Scripted(1000)), 3)
