@@ -315,7 +315,7 @@ PRESETS = {
         obs_transform="bins", deter=128, stoch=8, classes=16, units=128, enc_layers=2, channels=8, head_layers=1,
         num_bins=63, bin_limit=8.0, reconstruction_coef=1.0, batch_size=8, window=32, model_lr=6e-4, horizon=10,
         gamma=0.98, cost_gamma=0.95, behaviour_lr=3e-4, mu_init=1e-7, mu_growth=1e-4, plan_horizon=10, num_samples=64,
-        num_elites=8, iterations=4),
+        num_elites=8, iterations=4, pid_max=0.5),
 }
 
 
