@@ -1103,6 +1103,17 @@ def make_env(args, drawn):
     return env
 
 
+def see(args, env, obs):
+    """An environment's observation (O,) as the networks see it."""
+    low, high = env.observation_space.low, env.observation_space.high
+    return np.asarray(transform_obs(obs, low, high) if args.obs_transform != "raw" else obs, np.float32)
+
+
+def within(actions, low, high):
+    """Actions (..., A) in [-1, 1] -> in [low, high]."""
+    return np.clip(low + 0.5 * (actions + 1.0) * (high - low), low, high)
+
+
 def env_worker(pipe, args, stream, indices, drawn):
     """Body of a process that holds the environments `indices`. It answers
     ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
@@ -1113,13 +1124,9 @@ def env_worker(pipe, args, stream, indices, drawn):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent, episodes, seen, so_far = os.getppid(), {}, {}, {}
 
-    def see(env, obs):
-        low, high = env.observation_space.low, env.observation_space.high
-        return np.asarray(transform_obs(obs, low, high) if args.obs_transform != "raw" else obs, np.float32)
-
     def reset(index, episode):
         obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
-        episodes[index], seen[index], so_far[index] = episode, see(envs[index], obs), (0.0, 0.0, 0)
+        episodes[index], seen[index], so_far[index] = episode, see(args, envs[index], obs), (0.0, 0.0, 0)
 
     def step(index, action):
         env, total_reward, total_cost = envs[index], 0.0, 0.0
@@ -1128,15 +1135,12 @@ def env_worker(pipe, args, stream, indices, drawn):
             total_reward, total_cost = total_reward + float(reward), total_cost + float(cost)
             if terminated or truncated:
                 break
-        seen[index] = next_obs = see(env, obs)
+        seen[index] = next_obs = see(args, env, obs)
         amounts = float(np.float32(total_reward)), float(np.float32(total_cost)), steps
         stats = so_far[index] = tuple(before + amount for before, amount in zip(so_far[index], amounts))
         if terminated or truncated:
             reset(index, episodes[index] + 1)
         return next_obs, (total_reward, total_cost, terminated, terminated or truncated, steps, *stats)
-
-    def scale(actions, low, high):
-        return np.clip(low + 0.5 * (actions + 1.0) * (high - low), low, high)
 
     try:
         envs = {index: make_env(args, drawn and index == 0) for index in indices}
@@ -1149,7 +1153,7 @@ def env_worker(pipe, args, stream, indices, drawn):
             command, values = pipe.recv()
             if command == "step":
                 obs = np.stack(list(seen.values()))
-                next_obs, numbers = zip(*map(step, indices, scale(values, *bounds)))
+                next_obs, numbers = zip(*map(step, indices, within(values, *bounds)))
                 numbers = np.array(numbers)
                 reward, cost, terminated, done = numbers.T[:4].astype(np.float32)
                 rows = Transition(obs, values, reward, cost, np.stack(next_obs), terminated, done)
@@ -1158,7 +1162,7 @@ def env_worker(pipe, args, stream, indices, drawn):
                 for index, (episode, actions), low, high in zip(indices, values, *bounds):
                     reset(index, episode)
                     for action in actions:
-                        step(index, scale(action, low, high))
+                        step(index, within(action, low, high))
                 answer = np.stack(list(seen.values()))
             else:
                 answer = None
