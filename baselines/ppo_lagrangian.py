@@ -1143,11 +1143,13 @@ def reason(error):
 
 
 def attempt(write, *arguments):
-    """Write, or warn that there is no room on the disk."""
+    """Write, or warn that there is no room on the disk -> whether it was written."""
     try:
         write(*arguments)
     except OSError as error:
-        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'}; training goes on")
+        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'} was not written")
+        return False
+    return True
 
 
 class Logs(NamedTuple):
@@ -1175,9 +1177,12 @@ def open_logs(args, run_dir):
         pass  # a file system without locks
     flags, wandb_run = {name: "" if value is None else value for name, value in vars(args).items()}, None
     if args.track:
-        wandb_run = importlib.import_module("wandb").init(
-            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", config=flags,
-            group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
+        try:
+            wandb_run = importlib.import_module("wandb").init(
+                project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow",
+                config=flags, group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
+        except Exception as error:  # a project's name that cannot be, no network, ...
+            raise SystemExit(f"--track: {error}")
     if not args.resume:
         hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
         hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
@@ -1212,8 +1217,8 @@ def write_video(path, frames, wandb_run=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
-FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "capture_video", "track", "wandb_project_name",
-                  "wandb_entity", "runs_dir", "resume", "evaluate")
+FREE_ON_RESUME = ("total_timesteps", "eval_every", "eval_episodes", "env_timeout", "capture_video", "track",
+                  "wandb_project_name", "wandb_entity", "runs_dir", "resume", "evaluate")
 
 
 def read_flags(argv, default):
@@ -1278,11 +1283,11 @@ def check_env_id(env_id):
 def check_machine(args):
     """SystemExit if the task, the place for runs or the login for --track is not there."""
     check_env_id(args.env_id)
-    runs_dir = Path(args.runs_dir).absolute()
-    place = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    flag, value = ("--resume", args.resume) if args.resume else ("--runs-dir", args.runs_dir)
+    place = next(path for path in (Path(value).absolute(), *Path(value).absolute().parents) if os.path.exists(path))
     if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
-        raise SystemExit(f"--runs-dir {args.runs_dir}: {place} is not a directory that can be written to")
-    if args.track:
+        raise SystemExit(f"{flag} {value}: {place} is not a directory that can be written to")
+    if args.track and not args.evaluate:
         try:
             wandb, sent = importlib.import_module("wandb"), os.environ.get("WANDB_MODE") not in ("offline", "disabled")
             if sent and not wandb.login():
@@ -1313,7 +1318,7 @@ def check_device(args, sizes):
 def cycle_end(args, completed):
     """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
     following = (completed // args.train_every + 1) * args.train_every
-    return min(max(following, args.learning_starts), args.total_timesteps)
+    return min(args.learning_starts if completed < args.learning_starts else following, args.total_timesteps)
 
 
 def require_finite(name, values, step):
@@ -1489,7 +1494,7 @@ def learn(args, envs, eval_envs, sizes, stopping):
     began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
     bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
                mininterval=1.0 if sys.stderr.isatty() else 60.0)
-    failure = None
+    saved, failure = True, None
     with bar:
         while run.progress.completed < args.total_timesteps:
             run, values, failure = cycle(args, envs, run, bar, stopping)
@@ -1507,7 +1512,7 @@ def learn(args, envs, eval_envs, sizes, stopping):
                 if stopping or failure:
                     break
                 run = report_evaluation(args, logs, run, episodes, frames)
-                attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+                saved = attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
                 bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
                 sys.stdout.flush()  # at once, into a file too
             else:
@@ -1515,11 +1520,17 @@ def learn(args, envs, eval_envs, sizes, stopping):
             envs.failures.clear()
             eval_envs.failures.clear()
     if stopping or failure:
-        attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
-        warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}")
+        saved = attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
+        changed = f" --total-timesteps {args.total_timesteps} --eval-every {args.eval_every}" if args.resume else ""
+        if saved:
+            warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}{changed}")
     attempt(logs.writer.close)
+    if logs.wandb_run is not None:
+        logs.wandb_run.finish()
     if failure:
         raise failure
+    if not saved:
+        raise SystemExit(f"step {run.progress.step:,} could not be saved; the checkpoints in {logs.run_dir} are older")
     return episodes
 
 
@@ -1535,7 +1546,7 @@ def evaluate_run(args):
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         with tqdm(total=args.eval_episodes, unit="episode") as bar:
             episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
-    print(summary(episodes, counters["step"], counters["cost"] / counters["simulated"], time.time() - began))
+    print(summary(episodes, counters["step"], counters["cost"] / max(counters["simulated"], 1), time.time() - began))
     for tag, value in critic_metrics(args, trees["agent"], episodes).items():
         print(f"{tag} {value:.3g}")
     columns = (*COLUMNS, "balance")

@@ -232,6 +232,8 @@ def test_the_pace_of_the_defaults_is_one():
     assert pace(Args(total_timesteps=300_000, updates_per_step=0.5)) == pytest.approx(1e6 / 30_000)
     args = small_args(total_timesteps=500_000)
     assert jax.jit(lambda key: init_agent(args, key, 3, 2).penalty)(jax.random.key(0)) == pytest.approx(5e-8)
+    args = small_args(total_timesteps=500, mu_init=0.5)  # a thousand times 0.5, but for its cap
+    assert jax.jit(lambda key: init_agent(args, key, 3, 2).penalty)(jax.random.key(0)) == 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

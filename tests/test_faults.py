@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import small_args
 from test_envs import Scripted, scripted_envs, toy_agent
-from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, checkpoint, environment, rows_of, start
+from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, Wandb, checkpoint, environment, rows_of, start
 
 import spowl_continuous as spowl
 
@@ -193,12 +194,13 @@ def test_training_goes_on_where_there_is_no_room(learn, tmp_path, monkeypatch, c
         return replacing(path)
 
     monkeypatch.setattr(spowl, "replacing", full)
-    assert len(learn(runs_dir=str(tmp_path))) == 2
+    with pytest.raises(SystemExit, match="step 100 could not be saved"):  # nothing else has the trained agent
+        learn(runs_dir=str(tmp_path))
     (directory,) = tmp_path.iterdir()
     csv = ["episodes.csv"] * 2
     assert writes == csv + ["checkpoint_50.npz"] + csv + ["checkpoint_100.npz"]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert told == [f"warning: No space left on device: {directory / name}; training goes on" for name in (
+    assert told == [f"warning: No space left on device: {directory / name} was not written" for name in (
         *csv, "checkpoint_50.npz", "checkpoint_100.npz")]
     assert sorted(path.suffix for path in directory.iterdir() if "tfevents" not in path.name) == [".csv", ".json"]
     rows = [tuple(row.values()) for row in rows_of(directory / "episodes.csv")]
@@ -207,9 +209,47 @@ def test_training_goes_on_where_there_is_no_room(learn, tmp_path, monkeypatch, c
         ("30", "1"), ("50", "0"), ("60", "1"), ("90", "1"), ("100", "0")]
 
 
+def test_a_stop_that_could_not_be_saved_says_so(learn, tmp_path, monkeypatch, capfd):
+    """No "go on with --resume", where the checkpoint is older or none."""
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: file.close() or open("/nowhere/at/all"))
+    with pytest.raises(SystemExit, match="^step 0 could not be saved; the checkpoints in .* are older$"):
+        learn(runs_dir=str(tmp_path), stopping=[15])
+    assert "--resume" not in capfd.readouterr().err
+
+
+def test_a_resumed_run_that_is_stopped_again_says_how_it_was_going_on(learn, tmp_path, capfd):
+    """Flags that a resumed run was given stand in no file: the next line has them."""
+    learn(runs_dir=str(tmp_path))
+    (directory,) = tmp_path.iterdir()
+    capfd.readouterr()
+    learn(resume=str(directory), total_timesteps=200, eval_every=100, stopping=[15])
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"stopped at step 100; go on with --resume {directory} --total-timesteps 200 --eval-every 100")
+
+
+def test_a_run_stopped_before_its_first_step_can_be_evaluated(learn, scripted_envs, tmp_path, monkeypatch, capsys):
+    learn(runs_dir=str(tmp_path), stopping=[15])
+    (directory,) = tmp_path.iterdir()
+    envs = scripted_envs(Scripted(22), Scripted(12), stream=1, eval_episodes=2, evaluate=str(directory))
+    monkeypatch.setattr(spowl, "check_machine", lambda args: None)
+    monkeypatch.setattr(spowl, "start_envs", lambda *_: (envs, 3, 1))
+    assert [episode["length"] for episode in spowl.evaluate_run(envs.args)] == [22, 12]
+    assert re.match(r"step 0: return .* cost rate 0\.0000,", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_weights_and_biases_gets_all_of_a_stopped_run(learn, tmp_path, monkeypatch):
+    """Closed before the process leaves at once; what it refuses is one line."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    learn(runs_dir=str(tmp_path), track=True, stopping=[15])
+    assert wandb.finished == [True]
+    monkeypatch.setattr(wandb, "init", lambda **options: 1 / 0)
+    with pytest.raises(SystemExit, match="^--track: division by zero$"):
+        learn(runs_dir=str(tmp_path / "other"), track=True)
+
+
 @pytest.mark.long
 def test_training_goes_on_where_no_checkpoint_fits(place):
-    """No file may grow beyond 40 kB: csv and logs fit, checkpoints do not. Warnings, no half-written file, exit 0."""
+    """No file may grow beyond 40 kB: csv and logs fit, checkpoints do not. Warnings, no half-written file, exit 1."""
     runs = place / "full"
     words = [sys.executable, "-c", LIMITED, "40000", sys.executable, SCRIPT, "--runs-dir", runs, *POINT]
     variables = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}  # none cut off
@@ -217,8 +257,8 @@ def test_training_goes_on_where_no_checkpoint_fits(place):
                               timeout=600)
     (directory,) = runs.iterdir()
     warnings = [line for line in finished.stderr.splitlines() if line.startswith("warning: File too large")]
-    assert finished.returncode == 0 and "Traceback" not in finished.stderr, finished.stderr
-    assert len(warnings) == 3 and all("training goes on" in line for line in warnings)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr, finished.stderr
+    assert len(warnings) == 3 and re.search(r"step [\d,]+ could not be saved", finished.stderr.splitlines()[-1])
     assert sorted(path.suffix for path in directory.iterdir() if "tfevents" not in path.name) == [".csv", ".json"]
     assert len(rows_of(directory / "episodes.csv")) == 2 + 6
 
@@ -247,7 +287,7 @@ def test_a_failed_checkpoint_leaves_the_older_ones(tmp_path, monkeypatch, capsys
     for step in (300, 200):  # another one, and the newest once more
         spowl.attempt(spowl.save_checkpoint, tmp_path, tiny_run(step), 0.0)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-        assert capsys.readouterr().err == "warning: No space left on device: the run directory; training goes on\n"
+        assert capsys.readouterr().err == "warning: No space left on device: the run directory was not written\n"
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
@@ -286,7 +326,7 @@ def test_episodes_are_written_whole_or_not_at_all(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["episodes.csv"]
-    assert capsys.readouterr().err == "warning: File too large: the run directory; training goes on\n"
+    assert capsys.readouterr().err == "warning: File too large: the run directory was not written\n"
     write(200)
     assert [int(row["step"]) for row in rows_of(path)] == list(range(200))
     assert capsys.readouterr().err == ""

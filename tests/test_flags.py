@@ -52,6 +52,8 @@ BAD += [
     ("--lambda-init 11", "at most --lambda-max"), ("--lambda-max -1", "at most --lambda-max"),
     ("--lambda-init -1", "at least 0"),
     ("--mu-init 2", "at most --mu-max"), ("--mu-max 1e-9", "at most --mu-max"),
+    ("--mu-growth 1 --total-timesteps 4000 --eval-every 0", "--mu-growth is too large"),
+    ("--preset laptop --mu-growth 1e12", "--mu-growth is too large"),
     ("--log-std-min 3", "smaller than --log-std-max"), ("--exp-name a/b", "must not hold a slash"),
     ("--resume a --evaluate a", "a is not a run directory"),
     ("--resume /nowhere", "is not a run directory"), ("--evaluate /nowhere", "is not a run directory"),
@@ -164,6 +166,13 @@ def test_a_place_that_cannot_hold_runs_is_refused(refused, tmp_path, monkeypatch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spowl.os, "access", lambda path, mode: path != tmp_path)  # we may be root, who may do all
         assert f"{tmp_path} is not a directory" in refused("--runs-dir", str(tmp_path / "runs" / "here"))
+        (tmp_path / "run").mkdir()
+        spowl.check_machine(small_args(resume=str(tmp_path / "run"), runs_dir=str(tmp_path)))  # writes in the run alone
+        with pytest.raises(SystemExit, match=f"^--resume {tmp_path}: {tmp_path} is not a directory that can be"):
+            spowl.check_machine(small_args(resume=str(tmp_path)))
+    with pytest.raises(SystemExit, match="^--runs-dir .*: File name too long: "):
+        spowl.make_run_dir(parse_args(["--runs-dir", str(tmp_path / ("a" * 300))]))
+    spowl.check_machine(parse_args(["--runs-dir", str(tmp_path / ("a" * 300))]))  # no traceback
     with pytest.raises(SystemExit, match="--runs-dir /proc/nowhere: No such file or directory: /proc/nowhere"):
         spowl.make_run_dir(parse_args(["--runs-dir", "/proc/nowhere"]))
     spowl.check_machine(parse_args(["--runs-dir", str(tmp_path / "runs" / "here")]))

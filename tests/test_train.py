@@ -237,6 +237,24 @@ def test_actions_are_random_first_and_stay_in_range(point):
     assert np.abs(actions).max() <= 1.0
 
 
+@pytest.mark.parametrize("flags, ends", [
+    (dict(), [5000, 10_000, 15_000]), (dict(learning_starts=0), [5000, 10_000]),
+    (dict(learning_starts=1000), [1000, 5000, 10_000]), (dict(learning_starts=10_000), [10_000, 15_000]),
+    (dict(total_timesteps=7000), [5000, 7000]), (dict(total_timesteps=700), [700])])
+def test_cycles_end_where_updates_are_due(flags, ends):
+    """The first one with the random start, the others at multiples of train_every, the last one with the run."""
+    starts = [0, *ends[:-1]]
+    assert [spowl.cycle_end(Args(**flags), start) for start in starts] == ends
+
+
+@pytest.mark.parametrize("per_step", [0.35, 0.7, 1.0, 1.15, 1.4])
+def test_no_update_is_lost_to_rounding(per_step):
+    """As many per cycle of 1,000 agent steps as the flag says, also where a product of floats falls just below."""
+    args = Args(updates_per_step=per_step)
+    due = [spowl.updates_due(args, cycle * 5000) for cycle in range(1001)]
+    assert set(np.diff(due)) == {round(1000 * per_step)}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The same numbers again
 # ----------------------------------------------------------------------------------------------------------------------
@@ -710,13 +728,13 @@ class Wandb(types.ModuleType):
 
     def __init__(self, logs_in=True, mode="online"):
         super().__init__("wandb")
-        self.asked, self.logged = [], []
+        self.asked, self.logged, self.finished = [], [], []
         self.login = lambda **options: logs_in
         self.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
 
     def init(self, **options):
         self.asked.append(options)
-        return types.SimpleNamespace(log=lambda values: self.logged.append(values))
+        return types.SimpleNamespace(log=self.logged.append, finish=lambda: self.finished.append(True))
 
 
 @pytest.fixture
