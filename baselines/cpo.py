@@ -39,7 +39,7 @@ the cost limit, found by conjugate gradients and the dual of that problem.
         g, b = gradients of mean ratio A and of mean ratio A_c;  H = second derivative of KL(old pi, pi)
         step = argmax g step  subject to  c + b step <= 0  and  step H step / 2 <= delta, from H^-1 g and H^-1 b;
                where no step in the trust region can meet the limit, the one that lowers cost the most
-        shorten it until KL <= delta, A does not fall (where the limit can be met) and A_c does not rise above it
+        shorten it until KL <= delta, A does not fall (where the limit is kept already) and A_c does not rise above it
         10 passes over the rollout: for every minibatch
             one step of V and of V_c towards the returns A + V, A_c + V_c
         mean and std of what was observed, by which the networks see the next rollout

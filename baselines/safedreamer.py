@@ -339,6 +339,9 @@ def rules(args):
          f"--learning-starts must be at least --num-envs x --action-repeat x --window = {block * args.window}"),
         (args.learning_starts <= args.train_every or args.learning_starts % args.train_every == 0,
          "--learning-starts must be at most --train-every, or a multiple of it"),
+        (args.method != "osrp_lag"
+         or args.learning_starts <= max(args.train_every, args.pid_starts * args.action_repeat),
+         "--learning-starts must be at most --train-every, or --pid-starts x --action-repeat, with --method osrp_lag"),
         (updates % 1 == 0 and updates, f"--updates-per-step must make a whole number of updates of {args.train_every} "
          f"/ {args.action_repeat} agent steps"),
         (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),

@@ -732,6 +732,7 @@ def test_the_cameras_see(place):
     ("--inputs vision --obs-transform log", "--inputs vision needs --obs-transform raw"),
     ("--num-elites 501", "--num-elites must be at most --num-samples"),
     ("--learning-starts 300", "--learning-starts must be at least --num-envs x --action-repeat x --window = 320"),
+    ("--method osrp_lag --pid-starts 0 --learning-starts 10000", "--learning-starts must be at most --train-every, or"),
     ("--buffer-size 63", "--buffer-size must hold --num-envs x --window = 64 transitions"),
     ("--updates-per-step 0.0003", "--updates-per-step must make a whole number of updates"),
     ("--min-std 1.5", "--min-std must be at most --max-std")])
