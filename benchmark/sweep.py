@@ -1,6 +1,6 @@
 """Many runs on Ray: every task, setting and seed of a grid, each a process of its own script, gone on with until done.
 
-    python benchmark/sweep.py benchmark/grids/fig6.yaml --scale recipe
+    python benchmark/sweep.py benchmark/grids/fig6.yaml --scale two_cores
     python benchmark/sweep.py benchmark/grids/fig6.yaml --scale paper --address auto --cpus 8 --gpus 0.5
 
 Without an address Ray starts on this machine and ends with the sweep. On a cluster every node needs this repository,

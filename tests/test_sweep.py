@@ -45,7 +45,7 @@ def grids(tmp_path_factory):
 
 @pytest.mark.parametrize("scale, runs", [("paper", {"fig3": 18, "fig4": 12, "fig6": 9, "fig7": 9, "fig8": 21,
                                                     "fig9": 15, "table1": 189}),
-                                         ("recipe", {"fig3": 9, "fig4": 9, "fig6": 9, "fig7": 6, "fig8": 8, "fig9": 10,
+                                         ("recipe", {"fig3": 9, "fig4": 9, "fig7": 6, "fig8": 8, "fig9": 10,
                                                      "table1": 9}),
                                          ("two_cores", {"fig3": 18, "fig4": 18, "fig6": 9, "fig7": 6, "fig8": 8, "fig9": 10,
                                                         "table1": 120})])
