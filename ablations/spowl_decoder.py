@@ -1540,7 +1540,7 @@ def open_logs(args, run_dir):
                 project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow",
                 config=flags, group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
         except Exception as error:  # a project's name that cannot be, no network, ...
-            raise SystemExit(f"--track: {error}")
+            raise SystemExit(f"--track: {error}".partition("\n")[0])
     if not args.resume:
         hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
         hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
@@ -1888,7 +1888,7 @@ def learn(args, envs, eval_envs, sizes, stopping):
     if failure:
         raise failure
     if not saved:
-        raise SystemExit(f"step {run.progress.step:,} could not be saved; the checkpoints in {logs.run_dir} are older")
+        raise SystemExit(f"step {run.progress.step:,} could not be saved; any checkpoint in {logs.run_dir} is older")
     return episodes
 
 
