@@ -87,6 +87,7 @@ def played(script, args, agent, envs, episodes):
 
 def main(options):
     args = spowl.parse_args(["--evaluate", str(options.run)])
+    args = dataclasses.replace(args, num_envs=min(args.num_envs, max(options.episodes, 1)))  # as many as play
     envs, *sizes = spowl.start_envs(args, 1, args.num_envs)
     shapes = jax.eval_shape(lambda: spowl.init_agent(args, jax.random.key(0), *sizes))
     agent = spowl.load_checkpoint(options.run, {"agent": shapes})[0]["agent"]
