@@ -5,10 +5,10 @@ plot.py, which draws them.
     panels: [return, cost, cost_rate, balance]                          # left out: these four
     tasks: [SafetyPointGoal1-v0]
     scales:
-      recipe: {seeds: [1, 2, 3], flags: {total-timesteps: 100000}}      # its own tasks, if they differ
+      two_cores: {seeds: [1, 2, 3], flags: {preset: laptop}}            # its own tasks, if they differ
     settings:
       local_1: {label: local 1, script: spowl_fixed_threshold.py, flags: {plan-cost-score: local, plan-threshold: 1},
-                scales: [recipe]}                                       # left out: every scale"""
+                scales: [two_cores]}                                    # left out: every scale"""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """From run directories to one csv, and from that csv to a picture and a table of evaluations.
 
     python benchmark/plot.py --csv NAME.csv --picture NAME.png runs/*NAME*
-    python benchmark/plot.py --grid benchmark/grids/fig6.yaml --scale two_cores runs/two_cores/Safety*
+    python benchmark/plot.py --grid benchmark/grids/fig6.yaml runs/two_cores/Safety*
 
 Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are
 taken, in its order and with its labels, what is missing is called "not run", and all three files are
@@ -52,7 +52,7 @@ class Options:
     """table of the last evaluations to write, in Markdown"""
     grid: Path | None = None
     """grid of the runs (default: every run given, by its name)"""
-    scale: str = "recipe"
+    scale: str = "two_cores"
     """which of the grid's scales"""
     paper: Path | None = None
     """csv of the paper's Table 1, to stand beside ours in the table and in the picture of trade-offs"""

@@ -1,6 +1,6 @@
 """Many runs on Ray: every task, setting and seed of a grid, each a process of its own script, gone on with until done.
 
-    python benchmark/sweep.py benchmark/grids/fig6.yaml --scale two_cores
+    python benchmark/sweep.py benchmark/grids/fig6.yaml
     python benchmark/sweep.py benchmark/grids/fig6.yaml --scale paper --address auto --cpus 8 --gpus 0.5
 
 Without an address Ray starts on this machine and ends with the sweep. On a cluster every node needs this repository,
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Options:
     grid: Annotated[Path, tyro.conf.Positional]
     """YAML file of tasks, settings, scales"""
-    scale: str = "recipe"
+    scale: str = "two_cores"
     """which of the grid's scales"""
     runs_dir: Path | None = None
     """directory of the runs (default: runs/SCALE), seen by every node"""

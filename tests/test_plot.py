@@ -217,7 +217,7 @@ def test_runs_of_several_machines_gather_in_one_table(tmp_path):
     assert [(line["seed"], line["step"], line["return"]) for line in plot.read_rows(table)] == [
         (2, 100, 4.0), (2, 200, 8.0), (1, 300, 9.0)]
     grid = tmp_path / "grid.yaml"  # which does not know the runs that are in the table already
-    grid.write_text("title: t\ntasks: [task]\nscales:\n  recipe: {seeds: [1]}\n"
+    grid.write_text("title: t\ntasks: [task]\nscales:\n  two_cores: {seeds: [1]}\n"
                     "settings:\n  new: {label: n, script: s}\n")
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "args.json").write_text(json.dumps({"args": {"exp_name": "new", "env_id": "task", "seed": 1}}))
@@ -240,7 +240,7 @@ def test_what_is_no_run_and_no_table_is_refused(tmp_path):
 def test_a_grid_chooses_its_runs(tmp_path):
     """Of all that is given: its settings, tasks and seeds, in its order."""
     grid = tmp_path / "grid.yaml"
-    grid.write_text("title: t\ntasks: [task]\nscales:\n  recipe: {seeds: [1, 2], flags: {total-timesteps: 200}}\n"
+    grid.write_text("title: t\ntasks: [task]\nscales:\n  two_cores: {seeds: [1, 2], flags: {total-timesteps: 200}}\n"
                     "settings:\n  other: {label: 1, script: s}\n  full: {label: full, script: s}\n")
     runs = tuple(make_run(tmp_path / f"run{seed}", seed) for seed in (3, 2, 1))
     options = plot.Options(csv=tmp_path / "rows.csv", runs=runs, grid=grid, picture=tmp_path / "p.png",
@@ -272,5 +272,4 @@ def test_committed_results_come_from_the_committed_csv(path, tmp_path):
     assert all(np.array_equal(plt.imread(made), plt.imread(kept)) for kept, made in pictures.items() if kept.exists())
     names = read_grid(grid, scale).settings
     assert {line["exp_name"] for line in plot.read_rows(path)} <= set(names)
-    page = "recipe.md" if scale == "recipe" else f"{name}.md"
-    assert path.with_suffix(".md").read_text() in (ROOT / "docs" / "results" / page).read_text()
+    assert path.with_suffix(".md").read_text() in (ROOT / "docs" / "results" / f"{name}.md").read_text()

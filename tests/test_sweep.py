@@ -30,29 +30,22 @@ SWEEP = ROOT / "benchmark" / "sweep.py"
 # ----------------------------------------------------------------------------------------------------------------------
 # Grids
 # ----------------------------------------------------------------------------------------------------------------------
-def at_scale(scale):
-    """The committed grids that have it."""
-    return [path for path in GRIDS if f"  {scale}:" in path.read_text()]
-
-
 @pytest.fixture(scope="module")
 def grids(tmp_path_factory):
     """Scale -> committed grid -> its runs."""
     runs_dir = tmp_path_factory.mktemp("runs")
-    return {scale: {path.stem: sweep.jobs_of(read_grid(path, scale), runs_dir) for path in at_scale(scale)}
-            for scale in ("paper", "recipe", "two_cores")}
+    return {scale: {path.stem: sweep.jobs_of(read_grid(path, scale), runs_dir) for path in GRIDS}
+            for scale in ("paper", "two_cores")}
 
 
 @pytest.mark.parametrize("scale, runs", [("paper", {"fig3": 18, "fig4": 12, "fig6": 9, "fig7": 9, "fig8": 21,
                                                     "fig9": 15, "table1": 189}),
-                                         ("recipe", {"fig3": 9, "fig4": 9, "fig7": 6, "fig8": 8, "fig9": 10,
-                                                     "table1": 9}),
                                          ("two_cores", {"fig3": 18, "fig4": 18, "fig6": 9, "fig7": 6, "fig8": 8, "fig9": 10,
                                                         "table1": 120})])
 def test_the_committed_grids(grids, scale, runs):
     """Counted by hand; every run has a name of its own, and flags that its script takes."""
     assert {name: len({job.name for job in jobs}) for name, jobs in grids[scale].items()} == runs
-    steps = {"paper": {5_000_000}, "recipe": {100_000}, "two_cores": {300_000}}[scale]
+    steps = {"paper": {5_000_000}, "two_cores": {300_000}}[scale]
     for name, jobs in grids[scale].items():
         assert len({job.name for job in jobs}) == len(jobs)
         assert {job.steps for job in jobs} == steps | ({2_000_000} if (name, scale) == ("table1", "two_cores") else set())
@@ -60,7 +53,7 @@ def test_the_committed_grids(grids, scale, runs):
 
 def test_the_same_run_has_the_same_flags_in_every_grid(grids):
     """So that figures can share runs."""
-    for scale in ("paper", "recipe", "two_cores"):
+    for scale in ("paper", "two_cores"):
         flags = {}
         for job in sum(grids[scale].values(), []):
             assert flags.setdefault(job.name, job) == job
@@ -70,17 +63,6 @@ def test_scripts_are_read_beside_modules_of_the_same_name():
     """A process that has imported a script keeps it: what is pickled by name is found again."""
     assert sweep.load_script("spowl_continuous.py").Args is not spowl.Args
     assert sys.modules["spowl_continuous"] is spowl
-
-
-def test_recipe_scale_is_the_recipe_before():
-    page = (ROOT / "docs" / "trials.md").read_text()
-    words = re.search(r"spowl_continuous\.py (--env-id SafetyPointGoal1-v0 --enc-dim .*) --mu-init", page)[1].split()
-    recipe = dict(zip(words[::2], words[1::2]))
-    for path in at_scale("recipe"):
-        flags = {f"--{name}": str(value) for name, value in read_grid(path, "recipe").flags.items()}
-        assert flags | {"--env-id": "SafetyPointGoal1-v0"} == recipe | {"--total-timesteps": "100000",
-                                                                       "--eval-every": "20000", "--mu-init": "1e-10",
-                                                                       "--mu-growth": "1e-07"}
 
 
 GOOD = """
