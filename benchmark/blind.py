@@ -33,8 +33,8 @@ class Blind(gymnasium.Wrapper):
         obs[self.entries] = 0.0
         return obs
 
-    def reset(self, **options):
-        obs, info = self.env.reset(**options)
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
         return self.hide(obs), info
 
     def step(self, action):
