@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11,<3.14"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
 #     "safety-gymnasium==1.0.0",
 #     "gymnasium==0.28.1",
@@ -20,7 +20,8 @@
 # [tool.uv]
 # override-dependencies = [  # safety-gymnasium asks for a MuJoCo and a pygame that have no wheels for these Pythons
 #     "mujoco==3.1.6 ; python_version < '3.13'",
-#     "mujoco==3.2.7 ; python_version >= '3.13'",
+#     "mujoco==3.2.7 ; python_version == '3.13'",
+#     "mujoco==3.8.0 ; python_version >= '3.14'",
 #     "gymnasium-robotics ; sys_platform == 'never'",
 #     "pygame ; sys_platform == 'never'",
 # ]
@@ -47,33 +48,30 @@ O observation, A action. "Steps" are simulator steps unless called agent steps (
 Shares with spowl_continuous.py what surrounds the method, and
     same: whole, Whole, LARGE, Count, Natural, Positive, NotNegative, Share - numbers on the command line
     same: transform_obs, Transition, Buffer, add, cut_episodes - observations, and the ring that holds a rollout
-    same: cost_to_go, read_and_followed - what a cost critic knew
+    same: cost_to_go, read_and_followed, in_chunks - what a cost critic knew
 """
 
 import atexit
 import contextlib
 import copy
-import csv
+import ctypes
 import dataclasses
 import difflib
 import fcntl
 import importlib.metadata
-import importlib.util
-import io
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
@@ -391,7 +389,7 @@ def init_actor(args, key, action_dim):
     return Actor(jnp.copy(key), jnp.int32(0), {"charts/balance": jnp.zeros(args.num_envs)})  # nothing is ever planned
 
 
-@partial(jax.jit, static_argnames="args", donate_argnames="actor")
+@partial(jax.jit, static_argnames="args")
 def act(args, agent, actor, obs, is_first, explore):
     """a ~ pi(s) for all environments at once: obs (E, O) -> action (E, A), next actor; the mean without `explore`.
 
@@ -689,62 +687,48 @@ def read_and_followed(args, episodes, read):
             for tag, values in zip((f"critic/read_{name}", f"critic/followed_{name}"), both) if values}
 
 
+def in_chunks(function, *arrays, size=1000):
+    """function((N, X), ...) -> (N,), ..., called with `size` rows at a time: compiled once, whatever N is."""
+    count, pad = len(arrays[0]), -len(arrays[0]) % size
+    chunks = zip(*(np.split(np.pad(x, [(0, pad), (0, 0)]), (count + pad) // size) for x in arrays))
+    return [np.concatenate(parts)[:count] for parts in zip(*(function(*chunk) for chunk in chunks))]
+
+
 def critic_metrics(args, agent, episodes):
     """What V_c knew of the costs in evaluation episodes: numbers by tag (see read_and_followed)."""
-    obs = normalise(agent.stats, np.concatenate([episode["played"].obs for episode in episodes]))
-    return read_and_followed(args, episodes, np.asarray(value(agent.networks["cost_value"], obs)))
+    read = lambda obs: [value(agent.networks["cost_value"], normalise(agent.stats, obs))]
+    (values,) = in_chunks(read, np.concatenate([episode["played"].obs for episode in episodes]))
+    return read_and_followed(args, episodes, values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From here on, what surrounds the method: the same text in every script (benchmark/sync.py writes it).
-# Environments: a few processes, each with several of them and the action repeat inside
+# From here on, what surrounds the method: the same text in every script (tools/sync.py writes it).
+# Environments: a few processes, each with several of them
 # ----------------------------------------------------------------------------------------------------------------------
-def import_safety_gymnasium(cheap_sky: bool = True):
+def import_safety_gymnasium():
     """safety_gymnasium 1.0.0 on Python >= 3.11, NumPy 2 and MuJoCo 3; a gradient sky speeds reset() up 80 times."""
     plain_dataclass = dataclasses.dataclass
 
-    def dataclass(cls=None, **options):
-        arrays = {name: value for name, value in getattr(cls, "__dict__", {}).items() if isinstance(value, np.ndarray)}
-        for name, value in arrays.items():
-            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+    def dataclass(cls=None, **options):  # Python >= 3.11 refuses arrays as defaults: every instance gets a copy instead
+        for name, value in list(getattr(cls, "__dict__", {}).items()):
+            if isinstance(value, np.ndarray):
+                setattr(cls, name, dataclasses.field(default_factory=value.copy))
         return plain_dataclass(cls, **options)
 
-    def add_marker(viewer, marker):
-        geom = viewer.scn.geoms[viewer.scn.ngeom]
-        size, position, rgba = (np.asarray(marker[key], np.float64).ravel() for key in ("size", "pos", "rgba"))
-        mujoco.mjv_initGeom(geom, marker["type"], size, position, np.eye(3).ravel(), rgba.astype(np.float32))
-        geom.category = mujoco.mjtCatBit.mjCAT_DECOR
-        viewer.scn.ngeom += 1
-
-    def make_current(viewer):
-        atexit.register(viewer.opengl_context.free)
-        viewer.opengl_context.make_current()
-
-    # Its multi-agent tasks, which nobody makes here, import a class of a package that needs NumPy 1.
-    robotics = types.ModuleType("gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi")
+    robotics = types.ModuleType("gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi")  # of a package for NumPy 1
     robotics.MultiAgentMujocoEnv = object
-    if importlib.util.find_spec("gymnasium_robotics") is None:
-        sys.modules.setdefault(robotics.__name__, robotics)
-
-    # Its dataclasses have arrays as defaults, which Python >= 3.11 refuses: every instance gets a copy instead.
+    sys.modules.setdefault(robotics.__name__, robotics)
     with mock.patch.object(dataclasses, "dataclass", dataclass):
         import safety_gymnasium
     import mujoco
     import yaml
-    from gymnasium.envs.mujoco import mujoco_rendering
-
-    # MuJoCo 3.2 renamed the fields by which gymnasium 0.28 draws the lidar and the cost indicator.
-    mujoco_rendering.BaseRender._add_marker_to_scene = add_marker
-    # Contexts that outlive MuJoCo's own exit handler, and viewers that never got one, would each print a traceback.
-    mujoco_rendering.OffScreenViewer.make_context_current = make_current
-    mujoco_rendering.OffScreenViewer.__del__ = lambda viewer: hasattr(viewer, "opengl_context") and viewer.free()
+    for name in {"texid", "texuniform", "texrepeat"} - {*dir(mujoco.MjvGeom)}:  # gymnasium 0.28 draws lidars with these
+        setattr(mujoco.MjvGeom, name, property(lambda geom: [0, 0], lambda geom, value: None))
     # Every reset decodes six images of 4 MB for the sky, which the agent never sees: a gradient takes their place.
-    with open(f"{safety_gymnasium.__path__[0]}/configs/assets.yaml", encoding="utf-8") as file:
-        assets = yaml.safe_load(file)
+    assets = yaml.safe_load(Path(safety_gymnasium.__path__[0], "configs", "assets.yaml").read_text())
     sky = {"type": "skybox", "builtin": "gradient", "rgb1": ".3 .5 .7", "rgb2": "0 0 0", "width": "32", "height": "192"}
     assets["textures"]["skybox"] = {f"@{key}": value for key, value in sky.items()}
-    cheap = types.SimpleNamespace(load=lambda file, Loader: copy.deepcopy(assets), FullLoader=None)
-    safety_gymnasium.world.yaml = cheap if cheap_sky else yaml
+    safety_gymnasium.world.yaml = types.SimpleNamespace(load=lambda *_, **__: copy.deepcopy(assets), FullLoader=None)
     return safety_gymnasium
 
 
@@ -758,246 +742,169 @@ def make_env(args, drawn):
     if drawn:
         os.environ.setdefault("MUJOCO_GL", "egl")
     options = {"render_mode": "rgb_array", "camera_name": "fixedfar", "width": 512, "height": 512} if drawn else {}
-    env = import_safety_gymnasium().make(args.env_id, **options)
-    if len(env.observation_space.shape or ()) != 1:
-        raise ValueError("its observations are not a flat vector")
-    env.reset(seed=0)  # all resets but the first depend on the seed alone (Car differs in the 17th digit)
-    if drawn:
-        env.render()  # now, not at the first evaluation, is the time to fail
-    return env
+    return import_safety_gymnasium().make(args.env_id, **options)
 
 
-def see(args, env, obs):
-    """An environment's observation (O,) as the networks see it."""
-    low, high = env.observation_space.low, env.observation_space.high
-    return np.asarray(transform_obs(obs, low, high) if args.obs_transform != "raw" else obs, np.float32)
-
-
-def within(actions, low, high):
-    """Actions (..., A) in [-1, 1] -> in [low, high]."""
-    return np.clip(low + 0.5 * (actions + 1.0) * (high - low), low, high)
+def play(args, env, stream, index, episode):
+    """An environment's episodes from that number on: a generator that is sent actions (A,) in [-1, 1] and yields the
+    observation to act on (O,), its episode's number and, from the second time on, the agent step just taken as a
+    Transition without leading axes, and its simulator steps. An episode that cannot begin counts as used."""
+    (low, high), bounds = ((space.low, space.high) for space in (env.action_space, env.observation_space))
+    see = lambda obs: np.asarray(obs if args.obs_transform == "raw" else transform_obs(obs, *bounds), np.float32)
+    row, steps, failed = None, 0, 0
+    while True:
+        try:
+            obs, done = see(env.reset(seed=episode_seed(args.seed, stream, index, episode))[0]), False
+        except Exception as error:
+            failed, done = failed + 1, True
+            if failed == 10:
+                raise
+            why = str(error).partition("\n")[0]
+            print(f"episode {episode} of environment {index} is left out: {why}", file=sys.stderr)
+        while not done:
+            action = yield obs, episode, row, steps
+            bounded, reward, cost, failed = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high), 0.0, 0.0, 0
+            for steps in range(1, args.action_repeat + 1):
+                raw, more_reward, more_cost, terminated, truncated, _ = env.step(bounded)
+                reward, cost, done = reward + float(more_reward), cost + float(more_cost), terminated or truncated
+                if done:
+                    break
+            before, obs = obs, see(raw)
+            row = Transition(before, action, reward, cost, obs, terminated, done)
+        episode += 1
 
 
 def env_worker(pipe, args, stream, indices, drawn):
-    """Body of a process that holds the environments `indices`. It answers
-    ("reset", [(episode, actions), ...]) with obs (n, O), after taking those actions in that episode;
-    ("step", actions (n, A) in [-1, 1]) with obs (n, O) to act on next, rows as a Transition, and (n, 4): simulator
-    steps taken, then return, cost and length of the episode so far. Where one ended the next one has begun;
-    ("draw", ...) with a picture of the first one, or None. Whatever goes wrong is sent as text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent, episodes, seen, so_far = os.getppid(), {}, {}, {}
-
-    def reset(index, episode):
-        obs, _ = envs[index].reset(seed=episode_seed(args.seed, stream, index, episode))
-        episodes[index], seen[index], so_far[index] = episode, see(args, envs[index], obs), (0.0, 0.0, 0)
-
-    def step(index, action):
-        env, total_reward, total_cost = envs[index], 0.0, 0.0
-        for steps in range(1, args.action_repeat + 1):
-            obs, reward, cost, terminated, truncated, _ = env.step(action)
-            total_reward, total_cost = total_reward + float(reward), total_cost + float(cost)
-            if terminated or truncated:
-                break
-        seen[index] = next_obs = see(args, env, obs)
-        amounts = float(np.float32(total_reward)), float(np.float32(total_cost)), steps
-        stats = so_far[index] = tuple(before + amount for before, amount in zip(so_far[index], amounts))
-        if terminated or truncated:
-            reset(index, episodes[index] + 1)
-        return next_obs, (total_reward, total_cost, terminated, terminated or truncated, steps, *stats)
-
+    """Body of a process that answers for the environments `indices` as `start_envs` says; what goes wrong, as text."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever it is doing, it dies with its parent
+    sys.unraisablehook = lambda _: None  # a viewer without a screen would print a traceback when it is deleted
     try:
-        envs = {index: make_env(args, drawn and index == 0) for index in indices}
-        bounds = np.stack([(env.action_space.low, env.action_space.high) for env in envs.values()], 1)
-        pipe.send((envs[indices[0]].observation_space.shape[0], bounds.shape[2]))
+        envs, playing = [make_env(args, drawn and index == 0) for index in indices], []
+        shape, space = envs[0].observation_space.shape, envs[0].action_space
+        bounds = [getattr(space, name, math.nan) for name in ("low", "high")]
+        if np.ndim(bounds[0]) != 1 or not np.isfinite(bounds).all():
+            raise ValueError(f"its actions must be flat vectors within finite bounds: {space}")
+        seen = [env.reset(seed=0)[0] for env in envs if len(shape or ()) == 1]  # later ones depend on the seed alone
+        if not seen or np.shape(seen[0]) != shape:
+            raise ValueError(f"its observations must be flat vectors: {np.shape(seen[:1])[1:]} in a space of {shape}")
+        if drawn and 0 in indices:
+            envs[0].render()  # now, not at the first evaluation, is the time to fail
+        pipe.send((shape[0], space.shape[0]))
         while True:
-            while not pipe.poll(5.0):
-                if os.getppid() != parent:
-                    return
             command, values = pipe.recv()
             if command == "step":
-                obs = np.stack(list(seen.values()))
-                next_obs, numbers = zip(*map(step, indices, within(values, *bounds)))
-                numbers = np.array(numbers)
-                reward, cost, terminated, done = numbers.T[:4].astype(np.float32)
-                rows = Transition(obs, values, reward, cost, np.stack(next_obs), terminated, done)
-                answer = np.stack(list(seen.values())), rows, numbers[:, 4:]
+                obs, episodes, rows, steps = zip(*(each.send(x) for each, x in zip(playing, np.float32(values))))
+                rows = Transition(*(np.array(x, np.float32) for x in zip(*rows)))
+                pipe.send((np.stack(obs), np.array(episodes), rows, np.array(steps)))
             elif command == "reset":
-                for index, (episode, actions), low, high in zip(indices, values, *bounds):
-                    reset(index, episode)
-                    for action in actions:
-                        step(index, within(action, low, high))
-                answer = np.stack(list(seen.values()))
+                playing = [play(args, env, stream, index, value[0]) for env, index, value in zip(envs, indices, values)]
+                begun = [[next(each), *map(each.send, taken)][-1] for each, (_, taken) in zip(playing, values)]
+                pipe.send(tuple(map(np.array, list(zip(*begun))[:2])))
             else:
-                answer = None
-                with contextlib.suppress(Exception):
-                    answer = envs[0].render() if drawn else None  # KeyError in the processes that do not hold it
-            pipe.send(answer)
-    except EOFError:
-        pass
+                pipe.send(envs[0].render())
     except Exception as error:
-        with contextlib.suppress(OSError):  # nobody listens any more
-            pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
-
-
-class EnvFailure(Exception):
-    """An environment's process died, hung or raised."""
-
-
-class Envs(NamedTuple):
-    """Handles of the environment processes. The last two lists change where processes are started anew."""
-
-    args: Args
-    stream: int  # 0 training, 1 evaluation
-    drawn: bool
-    groups: list  # of the environments that each process holds
-    workers: list  # (process, pipe)
-    failures: list  # one text for each time that they were started anew
-
-
-START_TIMEOUT = 300.0  # seconds; importing the simulator takes long where many do it at once
-MAX_FAILURES = 10
-DRAWING_HINT = ("; --capture-video needs EGL or OSMesa (Debian: apt-get install libegl1 libgl1-mesa-dri), and a "
-                "MUJOCO_GL that names it or is not set")
-
-
-def receive(envs, number, timeout=None):
-    """The answer of one process; EnvFailure if it failed, died or gave none in time."""
-    (process, pipe), timeout = envs.workers[number], timeout or envs.args.env_timeout
-    try:
-        answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
-    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-        process.join(timeout=5)
-        answer = f"its process ended with exit code {process.exitcode}"
-    if isinstance(answer, str):
-        which = ", ".join(map(str, envs.groups[number]))
-        raise EnvFailure(f"{('training', 'evaluation')[envs.stream]} environment {which} of {envs.args.env_id} (seed "
-                         f"{envs.args.seed}): {answer}")
-    return answer
-
-
-def ask(envs, command, values, timeout=None):
-    """One command to every process, with its part of `values`, one for each -> their answers."""
-    for part, (_, pipe) in zip(values, envs.workers):
-        with contextlib.suppress(OSError):  # it is dead: `receive` says so
-            pipe.send((command, part))
-    return [receive(envs, number, timeout) for number in range(len(envs.workers))]
+        pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
-    """That many environments, in as many processes as there are cores -> envs, O, A. EnvFailure if one cannot be made.
+    """That many environments in as many processes as there are cores -> ask, O, A. ChildProcessError if one cannot be
+    made or, from `ask`, died, raised or gave no answer in time. Call it before JAX is used: fork copies no threads.
 
-    Call it before JAX is used (fork copies no threads), or with start_method "spawn"."""
-    groups = np.array_split(np.arange(num_envs), min(num_envs, len(os.sched_getaffinity(0))))
-    envs = Envs(args, stream, drawn, [group.tolist() for group in groups], [], [])
-    return envs, *start_workers(envs, start_method)
+    ask("reset", [(episode, actions), ...]) begins each environment's episode and takes those actions (T_i, A) in it ->
+    obs (E, O), episodes (E,); on the same machine and versions always the same, to the last bit.
+    ask("step", actions (E, A)) -> obs to act on next, episodes, a Transition, simulator steps taken (E,).
+    ask("draw") -> a picture of the first one. ask("close") ends the processes."""
+    if args.env_id not in (tasks := import_safety_gymnasium().utils.registration.safe_registry):
+        near = difflib.get_close_matches(args.env_id, [x for x in tasks if "Vision" not in x]) or [Args.env_id]
+        raise SystemExit(f"--env-id {args.env_id} is not a task of Safety-Gymnasium; did you mean {', '.join(near)}?")
+    context, workers = multiprocessing.get_context(start_method), []
 
+    def receive(process, pipe, group, timeout=300.0):  # importing the simulator takes long where many do it at once
+        try:
+            answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
+        except Exception:  # it has ended, perhaps in the middle of an answer
+            process.join(timeout=5)
+            answer = f"its process ended with exit code {process.exitcode}"
+        if isinstance(answer, str):
+            ask("close")
+            who = f"{('training', 'evaluation')[stream]} environment {', '.join(map(str, group))} of {args.env_id}"
+            hint = "; --capture-video needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri" * drawn
+            raise ChildProcessError(f"{who} (seed {args.seed}): {answer}" + hint * ("gl" in answer.lower()))
+        return answer
 
-def start_workers(envs, start_method):
-    context = multiprocessing.get_context(start_method)
-    atexit.register(close_envs, envs)  # Python's own end would wait for them: they ignore SIGTERM
-    for group in envs.groups:
+    def ask(command, values=(None,) * num_envs):
+        if command == "close":
+            for process, *_ in workers:
+                process.kill()
+                process.join()
+            return workers.clear()
+        asked = workers[:1] if command == "draw" else workers
+        for _, pipe, group in asked:
+            with contextlib.suppress(OSError):  # it is dead: `receive` says so
+                pipe.send((command, values[group[0]:group[-1] + 1]))
+        answers = [receive(*worker, *[args.env_timeout] * (command == "step")) for worker in asked]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *answers)
+    atexit.register(ask, "close")  # Python's own end would wait for them: they ignore SIGTERM
+    for group in map(list, np.array_split(range(num_envs), min(num_envs, len(os.sched_getaffinity(0))))):
         ours, theirs = context.Pipe()
-        process = context.Process(target=env_worker, daemon=True,
-                                  args=(theirs, envs.args, envs.stream, group, envs.drawn))
+        process = context.Process(target=env_worker, args=(theirs, args, stream, group, drawn), daemon=True)
         process.start()
         theirs.close()
-        envs.workers.append((process, ours))
-    try:
-        return [receive(envs, number, START_TIMEOUT) for number in range(len(envs.workers))][0]
-    except EnvFailure as failure:
-        close_envs(envs)
-        raise EnvFailure(f"{failure}{DRAWING_HINT * envs.drawn}")
-
-
-def close_envs(envs):
-    """End the environment processes."""
-    for process, pipe in envs.workers:
-        process.kill()
-        process.join()
-        pipe.close()
-    envs.workers.clear()
-
-
-def reset_envs(envs, episodes, taken=None):
-    """Begin episode `episodes[i]` in environment i and take the actions `taken[i]` (T_i, A) in it -> obs (E, O).
-
-    The simulator is deterministic: on the same machine and versions this gives the same state to the last bit."""
-    begins = list(zip(episodes, taken or [[]] * len(episodes)))
-    return np.concatenate(ask(envs, "reset", [[begins[i] for i in group] for group in envs.groups], START_TIMEOUT))
-
-
-def step_envs(envs, action):
-    """One agent step of every environment, action (E, A) -> obs to act on next (E, O), Transition, and (E, 4):
-    simulator steps taken, then return, cost and length of the episode so far."""
-    obs, rows, stats = zip(*ask(envs, "step", [np.asarray(action, np.float32)[group] for group in envs.groups]))
-    return np.concatenate(obs), Transition(*map(np.concatenate, zip(*rows))), np.concatenate(stats)
-
-
-def restart_envs(envs, episodes, failure):
-    """All processes anew after a failure, at the start of those episodes -> obs (E, O).
-
-    EnvFailure after MAX_FAILURES since `envs.failures` was last emptied."""
-    while len(envs.failures) < MAX_FAILURES:
-        envs.failures.append(str(failure))
-        warn(f"{failure}; all are started anew")
-        close_envs(envs)
-        try:
-            start_workers(envs, "spawn")  # by now JAX has threads, which a fork would copy in whatever state they are
-            return reset_envs(envs, episodes)
-        except EnvFailure as again:
-            failure = again
-    raise EnvFailure(f"{failure} (after {MAX_FAILURES} new starts)")
-
-
-def warn(message):
-    """A line of its own on stderr, also while there is a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+        workers.append((process, ours, group))
+    return ask, *[receive(*worker) for worker in workers][0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Runs
 # ----------------------------------------------------------------------------------------------------------------------
-def evaluate(args, agent, envs, num_episodes, stopping=(), bar=None):
-    """Play that many whole episodes without exploration noise -> one dict each (return, cost, length, balance, and
-    `played`, a Transition of arrays (T, ...)), and frames of the first one for `write_video`.
+class Run(NamedTuple):
+    """All that a run changes, and all that a checkpoint holds; what follows the buffer lies on the host."""
 
-    Episode i always has the same seed. Where a process fails, a batch of episodes is played again. Nothing is returned
-    once `stopping` is no longer empty."""
-    episodes, frames, num_envs = [], [], sum(map(len, envs.groups))
-    while len(episodes) < num_episodes:
-        first = len(episodes)
-        try:
-            batch, pictures = play(args, agent, envs, first, min(num_envs, num_episodes - first), stopping)
-        except EnvFailure as failure:
-            restart_envs(envs, [first] * num_envs, failure)
-            continue
-        if stopping:
-            return [], []
-        episodes, frames = episodes + batch, frames or pictures
-        if bar is not None:
-            bar.update(len(batch))
+    agent: AgentState
+    actor: Actor
+    buffer: Buffer
+    step: int  # simulator steps, all environments together, were no episode ever shorter
+    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
+    simulated: int  # simulator steps really taken
+    cost: float  # of all training so far
+    episodes: np.ndarray  # (E,): number of the episode that each environment is in
+    so_far: np.ndarray  # (E, 3): its return, cost and length so far
+    obs: np.ndarray  # (E, O): what to act on next
+    rows: list  # of episodes.csv: every episode that has ended
+    wall_time: float  # seconds
+
+
+COLUMNS = ("split", "step", "environment", "return", "cost", "length")
+
+
+def evaluate(args, agent, ask, stopping=()):
+    """Play args.eval_episodes whole episodes without noise, the same ones every time -> a dict each (return, cost, ...,
+    `played`: a Transition (T, ...)), frames of the first for `write_video`. Nothing once `stopping` is not empty."""
+    episodes, frames, num_envs = [], [], min(args.num_envs, args.eval_episodes)
+    for first in tqdm(range(0, args.eval_episodes, num_envs), "evaluating", leave=False, disable=None):
+        (obs, _), rows, so_far, ends = ask("reset", [(first, [])] * num_envs), [], np.zeros((num_envs, 3)), {}
+        actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, first)), action_size(agent))
+        count, padded = min(num_envs, args.eval_episodes - first), np.zeros((args.num_envs, obs.shape[1]), np.float32)
+        while len(ends) < count:
+            if stopping:
+                return [], []
+            if len(rows) * args.action_repeat >= 100_000:
+                raise ChildProcessError(f"an episode of {args.env_id} does not end: register it with max_episode_steps")
+            padded[:num_envs] = obs  # so that `act` is compiled only once
+            action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
+            obs, _, row, steps = ask("step", np.asarray(action)[:num_envs])
+            rows, so_far = rows + [row], so_far + np.stack([row.reward, row.cost, steps], 1)
+            for index in set(np.flatnonzero(row.done[:count]).tolist()) - ends.keys():
+                played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+                plans = float(actor.metrics["charts/balance"][index]) / len(rows)
+                ends[index] = dict(zip((*COLUMNS[2:], "balance", "played"), (
+                    first + index, *so_far[index, :2].tolist(), int(so_far[index, 2]), plans, played)))
+            if args.capture_video and first == 0 and 0 not in ends:
+                frames.append((ask("draw"), *so_far[0, :2]))
+        episodes += [ends[index] for index in sorted(ends)]
     return episodes, frames
-
-
-def play(args, agent, envs, episode, count, stopping):
-    """What `evaluate` does with one batch: that episode of the first `count` environments, to its end in each."""
-    obs, rows, frames, ends = reset_envs(envs, [episode] * sum(map(len, envs.groups))), [], [], {}
-    actor = init_actor(args, jax.random.key(episode_seed(args.seed, 2, 0, episode)), action_size(agent))
-    padded = np.zeros((args.num_envs, obs.shape[1]), np.float32)  # so that `act` is compiled only once
-    while len(ends) < count and not stopping:
-        padded[:len(obs)] = obs
-        action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
-        obs, row, stats = step_envs(envs, np.asarray(action)[:len(obs)])
-        rows.append(row)
-        for index in set(np.flatnonzero(row.done[:count]).tolist()) - set(ends):
-            played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
-            plans = float(actor.metrics["charts/balance"][index]) / len(rows)
-            ends[index] = dict(zip(("environment", "return", "cost", "length", "balance", "played"), (
-                episode + index, *stats[index, 1:3].tolist(), int(stats[index, 3]), plans, played)))
-        if envs.drawn and episode == 0 and 0 not in ends and (picture := ask(envs, "draw", envs.groups)[0]) is not None:
-            frames.append((picture, *stats[0, 1:3]))
-    return [ends[index] for index in sorted(ends)], frames
 
 
 def interval(values):
@@ -1016,97 +923,42 @@ def summary(episodes, step, cost_rate, wall_time):
             f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------------------------------------------------------
-class Progress(NamedTuple):
-    """Where a run is, on the host's side."""
-
-    step: int  # simulator steps, all environments together, were no episode ever shorter
-    completed: int  # the step up to which cycles of collecting, updating and evaluating are complete
-    simulated: int  # simulator steps really taken
-    cost: float  # of all training so far
-    acts: int  # agent steps that the sums in actor.metrics are over
-    episodes: np.ndarray  # (E,): number of the episode that each environment is in
-    is_first: np.ndarray  # (E,): whether nothing was done in it yet
-    obs: np.ndarray  # (E, O): what to act on next
-    rows: list  # of episodes.csv: every episode that has ended
-    wall_time: float  # seconds, until the run was last started
-
-
-class Run(NamedTuple):
-    """All that a run changes, and all that a checkpoint holds."""
-
-    agent: AgentState
-    actor: Actor
-    buffer: Buffer
-    progress: Progress
-
-
-CHECKPOINT_FORMAT = 2
-COLUMNS = ("split", "step", "environment", "return", "cost", "length")
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write to, which takes the place of `path` once it is whole. OSError if there is no room."""
-    beside = path.with_name(path.stem.partition("_")[0] + ".tmp")  # all checkpoints' is one: a kill leaves no more
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
 def write_csv(path, columns, rows):
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in (columns, *rows)), newline="\r\n")
 
 
-def flatten(tree):
-    """A pytree as {path: NumPy array}; typed keys as their data."""
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return {jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def save_checkpoint(run_dir, run, wall_time):
-    """Write checkpoint_STEP.npz with everything that training needs to go on, without pickle; keep the one before."""
-    buffer = run.buffer._replace(rows=jax.tree.map(lambda rows: rows[:int(run.buffer.size)], run.buffer.rows))
-    counters = run.progress._asdict() | {"wall_time": wall_time, "format": CHECKPOINT_FORMAT}
-    with replacing(run_dir / f"checkpoint_{run.progress.step}.npz") as file:
-        np.savez(file, counters=np.array(json.dumps(counters, default=lambda array: array.tolist())),
-                 **flatten({"agent": run.agent, "actor": run.actor, "buffer": buffer}))
+def save_checkpoint(run_dir, run):
+    """Write checkpoint_STEP.npz, all that training needs to go on, whole or not at all; keep the one before."""
+    rows = jax.tree.map(lambda rows: rows[:int(run.buffer.size)], run.buffer.rows)
+    trees = {"agent": run.agent, "actor": run.actor, "buffer": run.buffer._replace(rows=rows)}
+    counters = json.dumps({name: getattr(run, name) for name in Run._fields[3:]}, default=np.ndarray.tolist)
+    plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    arrays = {jax.tree_util.keystr(path): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+    with open(run_dir / "checkpoint.tmp", "wb") as file:
+        np.savez(file, counters=counters, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, run_dir / f"checkpoint_{run.step}.npz")
     for old in checkpoints(run_dir)[:-2]:
         old.unlink()
 
 
 def checkpoints(run_dir):
     """The checkpoints of a run, the newest last."""
-    found = [path for path in Path(run_dir).glob("checkpoint_*.npz") if path.stem.split("_")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.stem.split("_")[1]))
+    return sorted(Path(run_dir).glob("checkpoint_[0-9]*.npz"), key=lambda path: (len(path.name), path.name))
 
 
-def load_checkpoint(run_dir, templates):
-    """The trees named in `templates` ({"agent": ..., ...}, arrays or their shapes) in the newest checkpoint; counters.
-
-    SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
-    def restore(leaf_path, leaf):
-        name = jax.tree_util.keystr(leaf_path)
-        saved = file[name]
+def load_checkpoint(run_dir, templates, names=("step", "simulated", "cost")):
+    """The trees named in `templates` ({"agent": ..., ...}, arrays or their shapes) and the counters `names` in the
+    newest checkpoint. SystemExit with one line if there is none, or it is damaged, foreign or made with other sizes."""
+    def restore(path, leaf):
+        saved = file[jax.tree_util.keystr(path)]
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(jnp.asarray(saved))
-        if name.startswith("['buffer'].rows") and saved.shape[1:] == leaf.shape[1:] and len(saved) <= len(leaf):
+        if "['buffer'].rows" in jax.tree_util.keystr(path) and len(saved) < len(leaf):
             saved = np.concatenate([saved, np.zeros((len(leaf) - len(saved), *saved.shape[1:]), saved.dtype)])
         if saved.shape != leaf.shape:
-            raise ValueError(f"{name} has shape {saved.shape}, expected {leaf.shape}")
+            raise ValueError(f"{jax.tree_util.keystr(path)} has shape {saved.shape}, expected {leaf.shape}")
         return jnp.asarray(saved, leaf.dtype)
 
     if not (found := checkpoints(run_dir)):
@@ -1114,104 +966,226 @@ def load_checkpoint(run_dir, templates):
     try:
         with np.load(found[-1], allow_pickle=False) as file:
             counters = json.loads(str(file["counters"]))
-            if counters["format"] != CHECKPOINT_FORMAT:
-                raise ValueError(f"format {counters['format']} of another version")
-            return jax.tree_util.tree_map_with_path(restore, templates), counters
+            return jax.tree_util.tree_map_with_path(restore, templates), {name: counters[name] for name in names}
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
         raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
 
 
-def make_run_dir(args):
-    """The run's directory, new, with args.json: all flags, package versions, the git commit."""
-    run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    packages = ("jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    info = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "git_commit": git.stdout.strip() or None,
-            "python": sys.version.split()[0], "packages": {name: importlib.metadata.version(name) for name in packages}}
-    try:
+def open_run_dir(args, stack):
+    """The run's directory, new with args.json (flags, versions, git commit) unless it is resumed, and a TensorBoard
+    writer, which Weights & Biases follows with --track. SystemExit if another process trains there."""
+    from tensorboard.summary import Writer
+    run_dir = Path(args.resume or f"{args.runs_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    if not args.resume:
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True).stdout
+        versions = {name: importlib.metadata.version(name) for name in (
+            "jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")}
+        info = {"script": Path(__file__).stem, "args": vars(args), "git_commit": git.decode().strip() or None,
+                "python": sys.version.split()[0], "packages": versions}
         run_dir.mkdir(parents=True)
         (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
-    except OSError as error:
-        raise SystemExit(f"--runs-dir {args.runs_dir}: {error.strerror}: {error.filename}")
-    return run_dir
-
-
-def reason(error):
-    """An OSError in one line; some libraries' own have nothing but a text."""
-    return error.strerror or str(error).partition("\n")[0]
-
-
-def attempt(write, *arguments):
-    """Write, or warn that there is no room on the disk -> whether it was written."""
+    lock = stack.enter_context(open(run_dir / "args.json", "r+"))
     try:
-        write(*arguments)
-    except OSError as error:
-        warn(f"warning: {reason(error)}: {error.filename or 'the run directory'} was not written")
-        return False
-    return True
-
-
-class Logs(NamedTuple):
-    run_dir: Path
-    lock: io.IOBase  # held while the process lives
-    writer: object  # TensorBoard
-    wandb_run: object  # Weights & Biases, or None
-
-
-def open_logs(args, run_dir):
-    """TensorBoard and, with --track, Weights & Biases, where a resumed run goes on -> Logs.
-
-    SystemExit if another process trains in that directory."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-    from tensorboard.summary import Writer
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    file = open(run_dir / "args.json", "r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"another process trains in {run_dir}")
     except OSError:
         pass  # a file system without locks
-    flags, wandb_run = {name: "" if value is None else value for name, value in vars(args).items()}, None
     if args.track:
-        try:
-            wandb_run = importlib.import_module("wandb").init(
-                project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow",
-                config=flags, group=f"{args.env_id}__{args.exp_name}", dir=str(run_dir))
-        except Exception as error:  # a project's name that cannot be, no network, ...
-            raise SystemExit(f"--track: {error}".partition("\n")[0])
-    if not args.resume:
-        hparams = EventFileWriter(str(run_dir), filename_suffix=".flags")
-        hparams.add_event(Event(wall_time=time.time(), summary=hparams_pb(flags)))
-        hparams.close()
-    return Logs(run_dir, file, Writer(str(run_dir)), wandb_run)
+        tracked = importlib.import_module("wandb").init(
+            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", dir=run_dir,
+            config=vars(args), group=f"{args.env_id}__{args.exp_name}", sync_tensorboard=True)
+        stack.callback(tracked.finish)
+    return run_dir, stack.enter_context(contextlib.closing(Writer(str(run_dir))))
 
 
-def write_logs(logs, values, step):
-    """Numbers by tag."""
-    for tag, value in values.items():
-        logs.writer.add_scalar(tag, float(value), step)
-    logs.writer.flush()
-    if logs.wandb_run is not None:
-        logs.wandb_run.log({tag: float(value) for tag, value in values.items()} | {"step": step})
-
-
-def write_video(path, frames, wandb_run=None):
+def write_video(path, frames):
     """An episode as mp4, one frame (picture, return and cost so far) per agent step."""
     import imageio
     from PIL import Image, ImageDraw
-
     pictures = [Image.fromarray(picture) for picture, _, _ in frames]
     for picture, (_, total, cost) in zip(pictures, frames):
         ImageDraw.Draw(picture).text((12, 8), f"return {total:.1f}  cost {cost:.0f}", "white", font_size=24)
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings(action="ignore"):  # of os.fork(), by which imageio starts ffmpeg
         imageio.mimwrite(path, list(map(np.asarray, pictures)), fps=20, macro_block_size=1)
-    if wandb_run is not None:
-        wandb_run.log({"video": importlib.import_module("wandb").Video(str(path))})
+
+
+def cycle_end(args, completed):
+    """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
+    following = (completed // args.train_every + 1) * args.train_every
+    return min(args.learning_starts if completed < args.learning_starts else following, args.total_timesteps)
+
+
+def next_updates(args, step, done):
+    """How many updates come next at a cycle's end, after `done` of them: at most 100, so that signals are heeded, in
+    blocks of nearly one size, as each is compiled; none crosses a multiple of a cycle's updates. 0 if none are due."""
+    per_cycle, due = max(updates_due(args, args.train_every), 1), updates_due(args, step)
+    left = min(due - done, per_cycle - done % per_cycle) if step >= args.learning_starts else 0
+    return math.ceil(left / math.ceil(left / 100)) if left > 0 else 0
+
+
+def fresh(args, sizes, key):
+    """Agent, actor and buffer at a run's first moment, by name."""
+    key_agent, key_actor = jax.random.split(key)
+    return {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
+            "buffer": init_buffer(args, *sizes)}
+
+
+def begin(args, ask, sizes):
+    """A run at its first moment, or with --resume at that of its newest checkpoint: on the same machine and versions
+    with its environments as they were, to the last bit; elsewhere unfinished episodes end by truncation."""
+    make, key, nothing = partial(fresh, args, sizes), jax.random.key(args.seed), np.zeros((args.num_envs, 3))
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make, key)["buffer"])) / 2**30
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > (there := (jax.devices()[0].memory_stats() or {}).get("bytes_limit", there) / 2**30):
+        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB, {jax.devices()[0]} has {there:.1f}: lower "
+                         "--buffer-size (--train-every, where one rollout is kept)")
+    if not args.resume:
+        obs, episodes = ask("reset", [(0, [])] * args.num_envs)
+        return Run(**jax.jit(make)(key), step=0, completed=0, simulated=0, cost=0.0, episodes=episodes, so_far=nothing,
+                   obs=obs, rows=[], wall_time=0.0)
+    trees, counters = load_checkpoint(args.resume, jax.eval_shape(make, key), Run._fields[3:])
+    run = Run(**trees, **counters)
+    if run.completed >= args.total_timesteps:
+        raise SystemExit(f"{args.resume} is at step {run.step:,} already: raise --total-timesteps to go on")
+    order = np.arange(int(run.buffer.head) - int(run.buffer.size), int(run.buffer.head))  # the oldest row first
+    done, actions = np.asarray(run.buffer.rows.done)[order], np.asarray(run.buffer.rows.action)[order]
+    taken = [actions[np.flatnonzero([1, *ends])[-1]:, index] for index, ends in enumerate(done.T)]  # since the last end
+    obs, episodes = ask("reset", list(zip(run.episodes, taken)))
+    if np.array_equal(obs, np.float32(run.obs)) and np.array_equal(episodes, run.episodes):
+        return run._replace(episodes=episodes, so_far=np.array(run.so_far), obs=obs)
+    print("the simulator does not repeat unfinished episodes (another machine, version?): they end", file=sys.stderr)
+    obs, episodes = ask("reset", [(episode + 1, []) for episode in run.episodes])
+    buffer = cut_episodes(run.buffer, np.ones(args.num_envs, bool))
+    return run._replace(buffer=buffer, episodes=episodes, so_far=nothing, obs=obs)
+
+
+def collect(args, ask, run):
+    """One agent step of every environment -> run, seconds of `act`. ChildProcessError leaves the run as it was."""
+    began, actor, step = time.time(), run.actor, run.step + args.num_envs * args.action_repeat
+    if run.step < args.learning_starts:
+        random = np.random.default_rng((args.seed, 3, run.step))
+        action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
+    else:
+        action, actor = act(args, run.agent, actor, run.obs, run.so_far[:, 2] == 0, True)
+        action = np.asarray(action)
+    acting = time.time() - began
+    obs, episodes, row, steps = ask("step", action)
+    for name, values in {"action": action, "observation": np.concatenate([obs, row.next_obs], -1),
+                         "reward": row.reward, "cost": row.cost}.items():
+        if len(bad := np.flatnonzero(~np.isfinite(values).reshape(args.num_envs, -1).all(1))):
+            raise SystemExit(f"{name} of environment {bad[0]} not finite at step {step:,}; the last checkpoint stays")
+    so_far, rows = run.so_far + np.stack([row.reward, row.cost, steps], 1), run.rows
+    for index in np.flatnonzero(row.done).tolist():
+        rows = rows + [["train", step, index, *so_far[index, :2].tolist(), int(so_far[index, 2])]]
+        so_far[index] = 0.0
+    return run._replace(
+        actor=actor, buffer=add(run.buffer, row), step=step, simulated=run.simulated + int(steps.sum()),
+        cost=run.cost + float(row.cost.sum()), episodes=episodes, so_far=so_far, obs=obs, rows=rows), acting
+
+
+def train(args, stopping=()):
+    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes, none if it was stopped.
+
+    What is due, the run's counters say: an agent step, a block of updates, or a cycle's end with its evaluation.
+    Between any two of these it is left, with a checkpoint, once `stopping` is not empty (a signal fills it) or an
+    environment fails (ChildProcessError). OSError for what cannot be written, SystemExit with a line for what else."""
+    with contextlib.ExitStack() as stack:
+        ask, *sizes = start_envs(args, 0, args.num_envs)
+        stack.callback(ask, "close")
+        ask_eval, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+        stack.callback(ask_eval, "close")
+        run, (run_dir, writer) = begin(args, ask, sizes), open_run_dir(args, stack)
+        began, spent, values, episodes, failure = time.time() - run.wall_time, Counter(), {}, [], None
+        advised = advice(args) if jax.default_backend() == "cpu" else ""
+        print(f"{run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}\n{advised}".rstrip())
+        bar = stack.enter_context(tqdm(total=args.total_timesteps, initial=run.step, unit="step", unit_scale=True,
+                                       dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 60.0))
+        try:
+            while run.completed < args.total_timesteps and not stopping:
+                moment = time.time()
+                if run.step < cycle_end(args, run.completed):
+                    compiling = 0 <= run.step - args.learning_starts < args.num_envs * args.action_repeat
+                    bar.set_description("compiling" * compiling, refresh=compiling)
+                    run, acting = collect(args, ask, run)
+                    bar.update(run.step - bar.n)
+                    spent.update(act=acting, env=time.time() - moment - acting)
+                elif count := next_updates(args, run.step, done := int(run.agent.num_updates)):
+                    bar.set_description("updating" if done else "compiling", refresh=not bar.desc)
+                    agent, metrics = update_many(args, run.agent, run.buffer, count)
+                    run, values = run._replace(agent=agent), jax.device_get(metrics)
+                    if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
+                        raise SystemExit(f"{', '.join(bad)} not finite at step {run.step:,}; the last checkpoint stays")
+                    spent.update(update=time.time() - moment)
+                else:
+                    run = run._replace(wall_time=time.time() - began)
+                    values |= {f"time/{name}": spent[name] / (spent.total() or 1) for name in ("env", "act", "update")}
+                    run, episodes = end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping)
+                    spent, values = Counter(), {}
+        except ChildProcessError as error:
+            failure = error
+        if run.completed < args.total_timesteps:
+            save_checkpoint(run_dir, run._replace(wall_time=time.time() - began))
+            changed = f" --total-timesteps {args.total_timesteps} --eval-every {args.eval_every}" * bool(args.resume)
+            bar.write(f"stopped at step {run.step:,}; go on with --resume {run_dir}{changed}", file=sys.stderr)
+        if failure:
+            raise failure
+        return episodes if run.completed >= args.total_timesteps else []
+
+
+def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
+    """Evaluate and save if that is due, write everything -> run with its cycle completed, the evaluation's episodes.
+    Where `stopping` cuts the evaluation short, nothing is written or completed."""
+    step, episodes, acts = run.step, [], (run.step - run.completed) // (args.num_envs * args.action_repeat)
+    values |= {"charts/cost_rate": run.cost / run.simulated, "charts/SPS": step / run.wall_time}
+    if run.completed >= args.learning_starts:
+        values |= {tag: np.mean(x) / acts for tag, x in jax.device_get(run.actor.metrics).items()}
+    if ended := [row[3:] for row in run.rows if row[0] == "train" and row[1] > run.completed]:
+        values |= dict(zip((f"charts/episodic_{name}" for name in COLUMNS[3:]), np.mean(ended, axis=0)))
+    due = step >= args.total_timesteps or args.eval_every and step % args.eval_every == 0
+    if due:
+        episodes, frames = evaluate(args, run.agent, ask_eval, stopping)
+        if not episodes:
+            return run, episodes
+        for tag, name in {"episodic_return": "return", "episodic_cost": "cost", "balance": "balance"}.items():
+            values[f"eval/{tag}"] = np.mean([episode[name] for episode in episodes])
+        values |= critic_metrics(args, run.agent, episodes)
+        run = run._replace(rows=run.rows + [["eval", step, *map(each.get, COLUMNS[2:])] for each in episodes])
+        if frames:
+            write_video(run_dir / "videos" / f"{step}.mp4", frames)
+    for tag, value in values.items():
+        writer.add_scalar(tag, float(value), step)
+    writer.flush()
+    write_csv(run_dir / "episodes.csv", COLUMNS, run.rows)
+    bar.set_postfix({tag[7:]: f"{x:.3g}" for tag, x in sorted(values.items()) if tag[:7] == "charts/"}, refresh=False)
+    zeros = jax.tree.map(jnp.zeros_like, run.actor.metrics)
+    run = run._replace(completed=step, actor=run.actor._replace(metrics=zeros))
+    if due:
+        save_checkpoint(run_dir, run)
+        bar.write(summary(episodes, step, values["charts/cost_rate"], run.wall_time))
+    return run, episodes
+
+
+def evaluate_run(args):
+    """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
+    run_dir, began = Path(args.evaluate), time.time()
+    with contextlib.ExitStack() as stack:
+        ask, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
+        stack.callback(ask, "close")
+        shapes = jax.eval_shape(partial(fresh, args, sizes), jax.random.key(0))
+        trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
+        episodes, frames = evaluate(args, trees["agent"], ask)
+    step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
+    print(summary(episodes, step, cost_rate, time.time() - began))
+    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
+        print(f"{tag} {value:.3g}")
+    columns = (*COLUMNS, "balance")
+    write_csv(run_dir / "evaluation.csv", columns, [["eval", step, *map(each.get, columns[2:])] for each in episodes])
+    if frames:
+        write_video(run_dir / "videos" / f"evaluation_{step}.mp4", frames)
+    return episodes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1240,365 +1214,67 @@ def problems(args):
             least = "positive" if 0 < low < 1 else f"at least {low:g}"
             least = least if math.isfinite(value) and low > -LARGE else "a finite number"
             found.append(f"{flag} must be {least}" + (f" and at most {high:.10g}" if high < LARGE else ""))
+        if isinstance(value, str) and not value.isprintable():  # bytes that are not UTF-8 are not either
+            found.append(f"{flag} must be printable text")
     return found or [message for holds, message in rules(args) if not holds]
 
 
 def parse_args(argv=None):
-    """Flags from the command line; with --resume or --evaluate on top of those the run was started with.
-
-    SystemExit with one line for each flag that cannot be."""
-    args = read_flags(argv, Args())
-    args = read_flags(argv, dataclasses.replace(args, **PRESETS[args.preset]))
+    """Flags from the command line, with --resume or --evaluate on top of the run's. SystemExit for what cannot be."""
+    args = read_flags(argv, dataclasses.replace(Args(), **PRESETS[read_flags(argv, Args()).preset]))
     if run_dir := args.resume or args.evaluate:
         try:
-            info = json.loads((Path(run_dir) / "args.json").read_text())
+            info = json.loads(Path(run_dir, "args.json").read_text())
             if info["script"] != Path(__file__).stem:
-                raise SystemExit(f"{run_dir} was made by {info['script']}.py: use that script")
+                raise ValueError(f"it was made by {info['script']}.py, use that script")
             saved = Args(**info["args"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
         args = read_flags(argv, saved)
-        free = FREE_ON_RESUME + (("seed",) if args.evaluate else ())
-        changed = [name for name in vars(saved) if name not in free and getattr(args, name) != getattr(saved, name)]
-        if changed:
-            raise SystemExit(f"--{changed[0].replace('_', '-')} cannot differ from the run in {run_dir}")
+        for name in vars(saved).keys() - {*FREE_ON_RESUME, "seed" if args.evaluate else ""}:
+            if getattr(args, name) != getattr(saved, name):
+                raise SystemExit(f"--{name.replace('_', '-')} cannot differ from the run in {run_dir}")
     if found := problems(args):
         raise SystemExit("\n".join(found))
     return args
 
 
-def check_env_id(env_id):
-    """SystemExit with the nearest names if Safety-Gymnasium has no such task."""
-    try:
-        import_safety_gymnasium()
-        from safety_gymnasium.utils.registration import safe_registry
-    except Exception as error:
-        raise SystemExit(f"Safety-Gymnasium cannot be imported: {error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})")
-    if env_id not in safe_registry:
-        flat = [name for name in safe_registry if "Vision" not in name and "Debug" not in name]
-        near = ", ".join(difflib.get_close_matches(env_id, flat)) or "for example SafetyPointGoal1-v0"
-        raise SystemExit(f"--env-id {env_id} is not a task of Safety-Gymnasium; did you mean {near}?")
-
-
-def check_machine(args):
-    """SystemExit if the task, the place for runs or the login for --track is not there."""
-    check_env_id(args.env_id)
-    flag, value = ("--resume", args.resume) if args.resume else ("--runs-dir", args.runs_dir)
-    place = next(path for path in (Path(value).absolute(), *Path(value).absolute().parents) if os.path.exists(path))
-    if not args.evaluate and not (place.is_dir() and os.access(place, os.W_OK)):
-        raise SystemExit(f"{flag} {value}: {place} is not a directory that can be written to")
-    if args.track and not args.evaluate:
-        try:
-            wandb, sent = importlib.import_module("wandb"), os.environ.get("WANDB_MODE") not in ("offline", "disabled")
-            if sent and not wandb.login():
-                raise OSError("nobody is logged in: wandb login, or WANDB_MODE=offline")
-        except Exception as error:  # a broken installation raises anything
-            raise SystemExit(f"--track: Weights & Biases cannot be used: {error}")
-
-
-def check_device(args, sizes):
-    """SystemExit if JAX has no device, or too small a one for the replay buffer."""
-    try:
-        device = jax.devices()[0]
-    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS asks for what is not there
-        why = str(error).partition("\n")[0]
-        raise SystemExit(f"JAX finds no device: {why} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')})")
-    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(partial(init_buffer, args, *sizes))))
-    memory = device.memory_stats() or {}  # a CPU has none
-    there = memory.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if needed > there and not args.evaluate:
-        flag = "--buffer-size" if hasattr(args, "buffer_size") else "--train-every"  # of those that keep one rollout
-        raise SystemExit(f"the replay buffer needs {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f}: lower "
-                         f"{flag}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-def cycle_end(args, completed):
-    """The step at which the cycle that begins at `completed` ends: after the random start, then every train_every."""
-    following = (completed // args.train_every + 1) * args.train_every
-    return min(args.learning_starts if completed < args.learning_starts else following, args.total_timesteps)
-
-
-def require_finite(name, values, step):
-    """SystemExit if a number of an environment, in values (E, ...), is not finite."""
-    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(-1))
-    if len(bad):
-        raise SystemExit(f"{name} of environment {bad[0]} is not finite at step {step:,}; the last checkpoint stays as "
-                         "it is")
-
-
-def fresh(args, sizes, key):
-    """Agent, actor and buffer at a run's first moment, by name."""
-    key_agent, key_actor = jax.random.split(key)
-    return {"agent": init_agent(args, key_agent, *sizes), "actor": init_actor(args, key_actor, sizes[1]),
-            "buffer": init_buffer(args, *sizes)}
-
-
-def begin(args, envs, sizes):
-    """A run at its first moment, or with --resume at that of its newest checkpoint.
-
-    On the same machine and versions its environments are there to the last bit. Where they are not, unfinished
-    episodes are cut."""
-    check_device(args, sizes)
-    make, key = partial(fresh, args, sizes), jax.random.key(args.seed)
-    if not args.resume:
-        first = np.zeros(args.num_envs, int)
-        progress = Progress(0, 0, 0, 0.0, 0, first, first == 0, reset_envs(envs, first), [], 0.0)
-        return Run(**jax.jit(make)(key), progress=progress)
-    trees, counters = load_checkpoint(args.resume, jax.eval_shape(make, key))
-    if counters["completed"] >= args.total_timesteps:
-        raise SystemExit(f"{args.resume} is at step {counters['step']:,} already: raise --total-timesteps to go on")
-    arrays = {"episodes": int, "is_first": bool, "obs": np.float32}
-    progress = Progress(**{name: np.array(counters[name], arrays[name]) if name in arrays else counters[name]
-                           for name in Progress._fields})
-    run = Run(**trees, progress=progress)
-    if np.array_equal(reset_envs(envs, progress.episodes, unfinished(run.buffer)), progress.obs):
-        return run
-    warn("the simulator does not repeat the unfinished episodes to the last bit (another machine, version?): they end")
-    return cut(run, reset_envs(envs, progress.episodes + 1))
-
-
-def unfinished(buffer):
-    """E times (T_i, A): the actions taken in the environments' unfinished episodes, as far as the ring has them."""
-    order = np.arange(int(buffer.head) - int(buffer.size), int(buffer.head))  # a negative index is an older row
-    done, actions = np.asarray(buffer.rows.done)[order], np.asarray(buffer.rows.action)[order]
-    return [actions[np.flatnonzero([1, *ends])[-1]:, index] for index, ends in enumerate(done.T)]
-
-
-def cut(run, obs):
-    """The run with all its episodes ended by truncation, before the first step, from obs (E, O), of the next ones."""
-    episodes, first = run.progress.episodes + 1, np.ones(len(obs), bool)
-    return run._replace(buffer=cut_episodes(run.buffer, first), progress=run.progress._replace(
-        episodes=episodes, is_first=first, obs=obs))
-
-
-def collect(args, envs, run):
-    """One agent step of every environment -> run, seconds spent in `act`. Where a process fails, all episodes end by
-    truncation; EnvFailure with the run as its `run` after too many failures."""
-    began, progress, actor, acts = time.time(), run.progress, run.actor, run.progress.acts
-    if progress.step < args.learning_starts:
-        random = np.random.default_rng((args.seed, 3, progress.step))
-        action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
-    else:
-        action, actor = act(args, run.agent, actor, progress.obs, progress.is_first, True)
-        action, acts = np.asarray(action), acts + 1
-    run, seconds = run._replace(actor=actor, progress=progress._replace(acts=acts)), time.time() - began
-    step = progress.step + args.num_envs * args.action_repeat
-    require_finite("action", action, step)
-    try:
-        obs, row, stats = step_envs(envs, action)
-    except EnvFailure as failure:
-        try:
-            return cut(run, restart_envs(envs, progress.episodes + 1, failure)), seconds
-        except EnvFailure as last:
-            last.run = run  # the one before has given its actor away
-            raise
-    for name, values in {"observation": np.concatenate([obs, row.next_obs], -1), "reward": row.reward,
-                         "cost": row.cost}.items():
-        require_finite(name, values, step)
-    ended = [["train", step, index, *stats[index, 1:3].tolist(), int(stats[index, 3])]
-             for index in np.flatnonzero(row.done).tolist()]
-    return run._replace(buffer=add(run.buffer, row), progress=progress._replace(
-        step=step, simulated=progress.simulated + int(stats[:, 0].sum()), cost=progress.cost + float(row.cost.sum()),
-        acts=acts, episodes=progress.episodes + (row.done > 0), is_first=row.done > 0, obs=obs,
-        rows=progress.rows + ended if ended else progress.rows)), seconds
-
-
-def show(bar, doing):
-    """What takes time now, in the progress bar."""
-    if bar.desc != doing + ": " * bool(doing):
-        bar.set_description(doing)
-
-
-def cycle(args, envs, run, bar, stopping):
-    """Collect until the next block of updates, then update -> run, numbers by tag, an EnvFailure or None.
-
-    It ends early where `stopping` fills."""
-    began, acting, values, end = time.time(), 0.0, {}, cycle_end(args, run.progress.completed)
-    while run.progress.step < end and not stopping:
-        acted = run.progress.step - args.learning_starts
-        show(bar, "compiling" if 0 <= acted < args.num_envs * args.action_repeat else "")
-        try:
-            run, seconds = collect(args, envs, run)
-        except EnvFailure as failure:
-            return failure.run, values, failure
-        acting, _ = acting + seconds, bar.update(run.progress.step - bar.n)
-    collected, step = time.time(), run.progress.step
-    due = updates_due(args, step) if step >= args.learning_starts else 0
-    at_once = math.gcd(updates_due(args, args.train_every), 100)  # the bar moves
-    while int(run.agent.num_updates) + at_once <= due and not stopping:
-        show(bar, "updating" if int(run.agent.num_updates) else "compiling")
-        agent, metrics = update_many(args, run.agent, run.buffer, at_once)
-        run, values = run._replace(agent=agent), jax.device_get(metrics)
-        if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
-            raise SystemExit(f"{', '.join(bad)} not finite at step {step:,}; the last checkpoint stays as it is")
-    total = time.time() - began
-    return run, values | {"time/act": acting / total, "time/env": (collected - began - acting) / total,
-                          "time/update": 1 - (collected - began) / total}, None
-
-
-def report(logs, bar, run, values):
-    """Write and show a cycle's numbers -> run, its sums begun anew."""
-    progress, metrics = run.progress, jax.device_get(run.actor.metrics)
-    values |= {tag: np.mean(x) / progress.acts for tag, x in metrics.items() if progress.acts}
-    if rows := [row[3:] for row in progress.rows if row[0] == "train" and row[1] > progress.completed]:
-        tags = ("charts/episodic_return", "charts/episodic_cost", "charts/episodic_length")
-        values |= dict(zip(tags, np.mean(rows, axis=0)))
-    values |= {"charts/cost_rate": progress.cost / progress.simulated}
-    attempt(write_logs, logs, values, progress.step)
-    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, progress.rows)
-    shown = {"balance": ("charts/balance", ".0%"), "return": ("charts/episodic_return", ".1f"),
-             "cost": ("charts/episodic_cost", ".0f"), "cost_rate": ("charts/cost_rate", ".4f")}
-    bar.set_postfix({name: format(values[tag], form) for name, (tag, form) in shown.items() if tag in values})
-    return run._replace(actor=run.actor._replace(metrics=jax.tree.map(jnp.zeros_like, run.actor.metrics)),
-                        progress=progress._replace(acts=0))
-
-
-def report_evaluation(args, logs, run, episodes, frames):
-    """Write an evaluation -> run, with its episodes among the rows and its cycle completed."""
-    step = run.progress.step
-    tags = {"return": "eval/episodic_return", "cost": "eval/episodic_cost", "balance": "eval/balance"}
-    values = {tag: np.mean([episode[name] for episode in episodes]) for name, tag in tags.items()}
-    attempt(write_logs, logs, values | critic_metrics(args, run.agent, episodes), step)
-    if frames:
-        attempt(write_video, logs.run_dir / "videos" / f"{step}.mp4", frames, logs.wandb_run)
-    rows = run.progress.rows + [["eval", step, *(episode[name] for name in COLUMNS[2:])] for episode in episodes]
-    attempt(write_csv, logs.run_dir / "episodes.csv", COLUMNS, rows)
-    return run._replace(progress=run.progress._replace(rows=rows, completed=step))
-
-
-def train(args, stopping=()):
-    """Train on args.env_id (or go on with args.resume) -> the last evaluation's episodes.
-
-    As soon as the sequence `stopping` is not empty (a signal fills it), the step is finished, a checkpoint written and
-    the run left. SystemExit with one line for what cannot go on; EnvFailure if an environment cannot be made."""
-    check_machine(args)
-    with contextlib.ExitStack() as stack:
-        envs, *sizes = start_envs(args, 0, args.num_envs)
-        stack.callback(close_envs, envs)
-        eval_envs, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
-        stack.callback(close_envs, eval_envs)
-        return learn(args, envs, eval_envs, sizes, stopping)  # from here on JAX takes threads
-
-
-def learn(args, envs, eval_envs, sizes, stopping):
-    """What `train` does once its environments have started."""
-    logs = open_logs(args, Path(args.resume)) if args.resume else None
-    run = begin(args, envs, sizes)
-    logs = logs or open_logs(args, make_run_dir(args))
-    print(f"{logs.run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}", flush=True)
-    if jax.default_backend() == "cpu" and (line := advice(args)):
-        print(line, flush=True)
-    began, first, episodes = time.time() - run.progress.wall_time, (time.time(), run.progress.step), []
-    bar = tqdm(total=args.total_timesteps, initial=first[1], unit="step", unit_scale=True, dynamic_ncols=True,
-               mininterval=1.0 if sys.stderr.isatty() else 60.0)
-    saved, failure = True, None
-    with bar:
-        while run.progress.completed < args.total_timesteps:
-            run, values, failure = cycle(args, envs, run, bar, stopping)
-            if stopping or failure:
-                break
-            step = run.progress.step
-            values["charts/SPS"] = (step - first[1]) / (time.time() - first[0])
-            run = report(logs, bar, run, values)
-            if step >= args.total_timesteps or args.eval_every and step % args.eval_every == 0:
-                show(bar, "evaluating")
-                try:
-                    episodes, frames = evaluate(args, run.agent, eval_envs, args.eval_episodes, stopping)
-                except EnvFailure as error:
-                    failure = error
-                if stopping or failure:
-                    break
-                run = report_evaluation(args, logs, run, episodes, frames)
-                saved = attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
-                bar.write(summary(episodes, step, run.progress.cost / run.progress.simulated, time.time() - began))
-                sys.stdout.flush()  # at once, into a file too
-            else:
-                run = run._replace(progress=run.progress._replace(completed=step))
-            envs.failures.clear()
-            eval_envs.failures.clear()
-    if stopping or failure:
-        saved = attempt(save_checkpoint, logs.run_dir, run, time.time() - began)
-        changed = f" --total-timesteps {args.total_timesteps} --eval-every {args.eval_every}" if args.resume else ""
-        if saved:
-            warn(f"stopped at step {run.progress.step:,}; go on with --resume {logs.run_dir}{changed}")
-    attempt(logs.writer.close)
-    if logs.wandb_run is not None:
-        logs.wandb_run.finish()
-    if failure:
-        raise failure
-    if not saved:
-        raise SystemExit(f"step {run.progress.step:,} could not be saved; any checkpoint in {logs.run_dir} is older")
-    return episodes
-
-
-def evaluate_run(args):
-    """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
-    check_machine(args)
-    run_dir, began = Path(args.evaluate), time.time()
-    envs, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
-    with contextlib.ExitStack() as stack:
-        stack.callback(close_envs, envs)
-        check_device(args, sizes)
-        shapes = jax.eval_shape(partial(fresh, args, sizes), jax.random.key(0))
-        trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
-        with tqdm(total=args.eval_episodes, unit="episode") as bar:
-            episodes, frames = evaluate(args, trees["agent"], envs, args.eval_episodes, bar=bar)
-    print(summary(episodes, counters["step"], counters["cost"] / max(counters["simulated"], 1), time.time() - began))
-    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
-        print(f"{tag} {value:.3g}")
-    columns = (*COLUMNS, "balance")
-    try:
-        write_csv(run_dir / "evaluation.csv", columns, [
-            ["eval", counters["step"], *(episode[name] for name in columns[2:])] for episode in episodes])
-        if frames:
-            write_video(run_dir / "videos" / f"evaluation_{counters['step']}.mp4", frames)
-    except OSError as error:
-        raise SystemExit(f"{run_dir}: {reason(error)}: the lines above were not written to a file")
-    return episodes
-
-
-def heed_signals(stopping):
-    """Ctrl-C and SIGTERM fill the list `stopping`; a second Ctrl-C ends the process.
-
-    A thread reads what the C handlers write: Python's own would wait until JAX gives control back."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-
-    def watch():
-        while True:
-            for number in os.read(reading, 16):
-                if stopping and number == signal.SIGINT:
-                    os._exit(128 + number)
-                stopping.append(number)
-                print("\nstopping after this step; Ctrl-C once more stops without saving", file=sys.stderr, flush=True)
-
-    signal.set_wakeup_fd(writing)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=watch, daemon=True).start()
+def lossy(stream):
+    """The stream, which from now on loses lines where nobody can read them (a closed pipe, a full disk), and no run."""
+    stream = stream or open(os.devnull, "w")  # None: it was closed from the start
+    for name in ("write", "flush"):
+        def attempt(*arguments, do=getattr(stream, name)):
+            with contextlib.suppress(OSError, ValueError):
+                return do(*arguments)
+        setattr(stream, name, attempt)
+    with contextlib.suppress(AttributeError):  # a notebook's is no file
+        stream.reconfigure(errors="replace", line_buffering=True)  # where there is no "±"; at once, into a file too
+    return stream
 
 
 def main(argv=None):
     """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
-    with contextlib.suppress(AttributeError):  # a notebook's is no file
-        sys.stdout.reconfigure(errors="replace")  # where there is no "±"
-    args, stopping = parse_args(argv), []
+    def heed(number, frame):  # a second Ctrl-C ends the process at once
+        stopping.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # not print: that may be what was interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C once more stops without saving\n")
+
+    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
+    args, stopping, done = parse_args(argv), [], True
     if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
+    with contextlib.suppress(ValueError):  # in another thread than the main one, which no signal reaches
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL if args.evaluate else heed)
     try:
-        if args.evaluate:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
-            evaluate_run(args)
-        else:
-            heed_signals(stopping)
-            train(args, stopping)
-    except EnvFailure as failure:
-        raise SystemExit(str(failure))
-    if stopping:
-        sys.stdout.flush()
+        done = evaluate_run(args) if args.evaluate else train(args, stopping)
+    except (OSError, ImportError, RuntimeError) as error:
+        if type(error) is RuntimeError and "backend" not in str(error) and "MUJOCO_GL" not in str(error):
+            raise
+        kept = "; the last checkpoint stays" * bool(getattr(error, "errno", 0))  # what was not written has a number
+        raise SystemExit(str(error).partition("\n")[0] + kept)
+    if stopping and not done:
         os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
 
 

@@ -11,6 +11,7 @@ elites among the samples stay the run's. With --episodes each of them also plays
 import csv
 import dataclasses
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -27,7 +28,8 @@ import spowl_continuous as spowl
 import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
 
-COLUMNS = ("acts", "samples", "depth", "times_policy", "episodes", "return", "return_std", "cost", "cost_std", "balance")
+COLUMNS = ("acts", "samples", "depth", "times_policy", "episodes", "return", "return_std", "cost", "cost_std",
+           "balance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +79,22 @@ def median_seconds(script, args, agent, obs, action_dim, repeats):
     return statistics.median(seconds[2:])
 
 
-def played(script, args, agent, envs, episodes):
-    """Mean and standard deviation of return and of cost, and the balance."""
-    found, _ = script.evaluate(args, agent, envs, episodes)
+def played(script, args, agent, ask):
+    """How many episodes, mean and standard deviation of return and of cost, and the balance."""
+    found, _ = script.evaluate(args, agent, ask)
     values = {name: [episode[name] for episode in found] for name in ("return", "cost", "balance")}
-    return [episodes, *(round(float(function(values[name])), 4) for name in ("return", "cost")
+    return [len(found), *(round(float(function(values[name])), 4) for name in ("return", "cost")
                         for function in (np.mean, np.std)), round(float(np.mean(values["balance"])), 4)]
 
 
 def main(options):
     args = spowl.parse_args(["--evaluate", str(options.run)])
-    args = dataclasses.replace(args, num_envs=min(args.num_envs, max(options.episodes, 1)))  # as many as play
-    envs, *sizes = spowl.start_envs(args, 1, args.num_envs)
+    args = dataclasses.replace(args, num_envs=min(args.num_envs, max(options.episodes, 1)),  # as many as play
+                               eval_episodes=max(options.episodes, 1))
+    ask, *sizes = spowl.start_envs(args, 1, args.num_envs)
     shapes = jax.eval_shape(lambda: spowl.init_agent(args, jax.random.key(0), *sizes))
     agent = spowl.load_checkpoint(options.run, {"agent": shapes})[0]["agent"]
-    obs, rows = spowl.reset_envs(envs, [0] * args.num_envs)[0], []
+    obs, rows, alone = ask("reset", [(0, [])] * args.num_envs)[0][0], [], math.nan
     candidates = [("policy", "", "", policy_only, args)]
     for depth, samples in itertools.product(options.depths, options.samples):
         chosen = planner_of(args, samples, depth)
@@ -100,11 +103,11 @@ def main(options):
     for acts, samples, depth, script, chosen in candidates:
         chosen = of_script(script, chosen)
         seconds = median_seconds(script, chosen, agent, obs, sizes[1], options.repeats)
-        alone = seconds if script is policy_only else alone
-        values = played(script, chosen, agent, envs, options.episodes) if options.episodes else [0, *[""] * 5]
+        alone = seconds if script is policy_only else alone  # the policy comes first
+        values = played(script, chosen, agent, ask) if options.episodes else [0, *[""] * 5]
         rows.append([acts, samples, depth, round(seconds / alone, 1), *values])
         print(*(f"{name} {value}" for name, value in zip(COLUMNS, rows[-1])), sep=", ", flush=True)
-    spowl.close_envs(envs)
+    ask("close")
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])

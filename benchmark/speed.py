@@ -9,7 +9,6 @@ raise the share of the ceiling. Times are medians."""
 
 import csv
 import dataclasses
-import io
 import json
 import multiprocessing
 import os
@@ -26,7 +25,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -221,18 +219,18 @@ def measure_env_step(args, steps=600):
     """Agent steps of all environments with the same random actions -> seconds of one, seconds if no process waited.
 
     Processes are forked, as a run's are: call it before JAX is used."""
-    envs, _, action_dim = spowl.start_envs(args, 0, args.num_envs)
+    ask, _, action_dim = spowl.start_envs(args, 0, args.num_envs)
     try:
         actions = random_actions(args, action_dim, steps)
-        spowl.reset_envs(envs, [0] * args.num_envs)
+        ask("reset", [(0, [])] * args.num_envs)
         began = time.perf_counter()
         for action in actions:
-            spowl.step_envs(envs, action)
+            ask("step", action)
         ours = time.perf_counter() - began
     finally:
-        spowl.close_envs(envs)
+        ask("close")
     context, started = multiprocessing.get_context("fork"), []
-    for indices in envs.groups:
+    for indices in np.array_split(range(args.num_envs), min(args.num_envs, len(os.sched_getaffinity(0)))):
         pipe, theirs = context.Pipe()
         context.Process(target=step_alone, args=(args, indices, actions, theirs), daemon=True).start()
         started.append(pipe)
@@ -243,27 +241,26 @@ def measure_env_step(args, steps=600):
 
 
 def measure_cycle(args, share):
-    """That share of a cycle, as `learn` goes through it -> seconds of acting, stepping, updating, of a whole cycle."""
-    envs, *sizes = spowl.start_envs(args, 0, args.num_envs, start_method="spawn")
+    """That share of a cycle, as `train` goes through it -> seconds of acting, stepping, updating, of a whole cycle."""
+    ask, *sizes = spowl.start_envs(args, 0, args.num_envs, start_method="spawn")
     try:
-        run = spowl.begin(args, envs, sizes)
-        run = run._replace(progress=run.progress._replace(step=args.learning_starts))
+        run = spowl.begin(args, ask, sizes)._replace(step=args.learning_starts)
         for _ in range(args.horizon):  # enough to sample from; compiles
-            run, _ = spowl.collect(args, envs, run)
+            run, _ = spowl.collect(args, ask, run)
         steps = max(1, round(share * args.train_every / (args.num_envs * args.action_repeat)))
         updates = spowl.updates_due(args, steps * args.num_envs * args.action_repeat)
         agent, metrics = spowl.update_many(args, run.agent, run.buffer, updates)
         jax.device_get(metrics)
         run, acting, began = run._replace(agent=agent), 0.0, time.perf_counter()
         for _ in range(steps):
-            run, seconds = spowl.collect(args, envs, run)
+            run, seconds = spowl.collect(args, ask, run)
             acting += seconds
         collected = time.perf_counter()
         agent, metrics = spowl.update_many(args, run.agent, run.buffer, updates)
         jax.device_get(metrics)
         parts = acting, collected - began - acting, time.perf_counter() - collected
     finally:
-        spowl.close_envs(envs)
+        ask("close")
     return [seconds * args.train_every / (steps * args.num_envs * args.action_repeat) for seconds in parts]
 
 
@@ -274,17 +271,19 @@ def measure_on_policy(env_id, count=3):
     Processes are forked, as a run's are: call it before JAX is used."""
     args = ppo_lagrangian.Args(env_id=env_id)
     step, alone = measure_env_step(args)
-    envs, *sizes = ppo_lagrangian.start_envs(args, 0, args.num_envs)
-    seconds, bar = [], tqdm(file=io.StringIO())
+    ask, *sizes = ppo_lagrangian.start_envs(args, 0, args.num_envs)
+    seconds = []
     try:
-        run = ppo_lagrangian.begin(args, envs, sizes)
-        for _ in range(count + 1):
+        run = ppo_lagrangian.begin(args, ask, sizes)
+        for cycle in range(1, count + 2):
             began = time.perf_counter()
-            run, *_ = ppo_lagrangian.cycle(args, envs, run, bar, [])
-            run = run._replace(progress=run.progress._replace(completed=run.progress.step))
+            while run.step < cycle * args.train_every:
+                run, _ = ppo_lagrangian.collect(args, ask, run)
+            agent, metrics = ppo_lagrangian.update_many(args, run.agent, run.buffer, 1)
+            run, _ = run._replace(agent=agent), jax.device_get(metrics)
             seconds.append(time.perf_counter() - began)
     finally:
-        ppo_lagrangian.close_envs(envs)
+        ask("close")
     return step, alone, statistics.median(seconds[1:])
 
 
@@ -321,8 +320,8 @@ def measure(options):
     yield from rows
     for size in options.sizes:
         args = spowl.Args(env_id=options.env_id, **SIZES[size])
-        probe, *sizes = spowl.start_envs(args, 0, 1, start_method="spawn")
-        spowl.close_envs(probe)
+        ask, *sizes = spowl.start_envs(args, 0, 1, start_method="spawn")
+        ask("close")
         share = lambda flops, seconds: flops / seconds / ceiling
         if "update" in options.parts:
             flops = update_flops(args, *sizes)

@@ -96,8 +96,9 @@ def load_script(script):
 def jobs_of(grid, runs_dir):
     """Every run of a grid, the first seed's first; SystemExit with a line for each flag that its script refuses."""
     modules = {script: load_script(script) for script in {entry["script"] for entry in grid.settings.values()}}
-    for task in grid.tasks:
-        next(iter(modules.values())).check_env_id(task)
+    known = next(iter(modules.values())).import_safety_gymnasium().utils.registration.safe_registry
+    if unknown := [task for task in grid.tasks if task not in known]:
+        raise SystemExit(f"{', '.join(unknown)}: not a task of Safety-Gymnasium")
     jobs, mistakes, parsed = [], [], {}
     for seed, task, (setting, entry) in itertools.product(grid.seeds, grid.tasks, grid.settings.items()):
         flags = words({"env-id": task, "exp-name": setting, "seed": seed, "runs-dir": runs_dir}

@@ -1,5 +1,6 @@
 """Shared by the tests: the import path, checks that are on for all of them, small flags, random weights, and the
 networks of METHOD §3 once more, in float64 NumPy, as the reference that expected numbers come from."""
+import contextlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,21 @@ def random_agent(args, obs_dim, action_dim, seed=0, spread=0.3):
                              for part in (shapes.model_opt, shapes.policy_opt))
     numbers = (jnp.asarray(x, jnp.float32) for x in (args.lambda_init, args.mu_init, 1.0))
     return AgentState(model, policy, target, model_opt, policy_opt, *numbers, jax.random.key(seed), jnp.int32(0))
+
+
+def run_of(script, args, agent, actor, buffer, step, cost=0.0):
+    """A run of that script at that step, at its episodes' beginning."""
+    nothing, obs = np.zeros(args.num_envs, int), np.zeros((args.num_envs, 3), np.float32)
+    return script.Run(agent, actor, buffer, step, step, step, cost, nothing, np.zeros((args.num_envs, 3)), obs, [], 0.0)
+
+
+def saved_run(script, args, agent, buffer, step, cost=0.0):
+    """A new run directory in args.runs_dir with a checkpoint at that step -> its path."""
+    actor = script.init_actor(args, jax.random.key(1), buffer.rows.action.shape[-1])
+    with contextlib.ExitStack() as stack:
+        directory, _ = script.open_run_dir(args, stack)
+    script.save_checkpoint(directory, run_of(script, args, agent, actor, buffer, step, cost))
+    return directory
 
 
 def fixed_policy(mean, raw_log_std, latent_dim=16, width=4):

@@ -1,4 +1,4 @@
-"""benchmark/cost_probe.py, blind.py and pretrained.py, on a run directory made by hand and on a task."""
+"""probe/cost_probe.py, blind.py and pretrained.py, on a run directory made by hand and on a task."""
 import dataclasses
 import json
 import subprocess
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark import cost_probe, pretrained
-from conftest import leaves_equal, random_agent, small_args
+from conftest import leaves_equal, random_agent, saved_run, small_args
 
 import spowl_continuous as spowl
+from probe import cost_probe, pretrained
 from spowl_continuous import Transition
 
 ARGS = small_args(num_envs=4, buffer_size=200, obs_transform="log", preset="laptop")  # 50 rows of 4 environments
@@ -23,7 +23,6 @@ STEPS = 60  # ten more than the ring holds
 def run(tmp_path_factory):
     """A run whose ring is full and has begun anew. The first observed number is the step; a step costs where the second
     is positive."""
-    directory = spowl.make_run_dir(dataclasses.replace(ARGS, runs_dir=str(tmp_path_factory.mktemp("probe"))))
     rng, buffer = np.random.default_rng(0), spowl.init_buffer(ARGS, 3, 2)
     zeros = np.zeros(4, np.float32)
     for step in range(STEPS):
@@ -31,11 +30,8 @@ def run(tmp_path_factory):
         obs[:, 0] = step
         cost = (obs[:, 1] > 0).astype(np.float32)
         buffer = spowl.add(buffer, Transition(obs, action, zeros, cost, obs, zeros, zeros))
-    agent = random_agent(ARGS, 3, 2)
-    progress = spowl.Progress(1200, 1200, 1200, 10.0, 0, np.zeros(4, int), np.zeros(4, bool), obs, [], 0.0)
-    actor = spowl.init_actor(ARGS, jax.random.key(1), 2)
-    spowl.save_checkpoint(directory, spowl.Run(agent, actor, buffer, progress), 0.0)
-    return directory, agent
+    agent, args = random_agent(ARGS, 3, 2), dataclasses.replace(ARGS, runs_dir=str(tmp_path_factory.mktemp("probe")))
+    return saved_run(spowl, args, agent, buffer, 1200, 10.0), agent
 
 
 def test_rows_are_read_oldest_first(run):
@@ -85,7 +81,7 @@ def test_sensors_of_a_task():
 
 
 BLIND = """
-import sys; sys.path.insert(0, "benchmark")
+import sys; sys.path.insert(0, "probe")
 import blind, numpy as np
 plain, without = (blind.spowl.import_safety_gymnasium().make(f"SafetyPointGoal1{name}-v0") for name in
                   ("", "NoHazardsLidar"))

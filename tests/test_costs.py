@@ -61,12 +61,12 @@ def test_environments_answer_with_transformed_observations():
     """Both what is acted on and what a step led to, the transform of what a raw environment answers."""
     space, seen = spowl.import_safety_gymnasium().make("SafetyPointGoal1-v0").observation_space, {}
     for how in ("raw", "log", "bins"):
-        envs, *_ = spowl.start_envs(small_args(num_envs=1, obs_transform=how), 0, 1, start_method="spawn")
+        ask, *_ = spowl.start_envs(small_args(num_envs=1, obs_transform=how), 0, 1, start_method="spawn")
         try:
-            first = spowl.reset_envs(envs, [0])
-            obs, row, _ = spowl.step_envs(envs, np.full((1, 2), 0.4, np.float32))
+            first, _ = ask("reset", [(0, [])])
+            obs, _, row, _ = ask("step", np.full((1, 2), 0.4, np.float32))
         finally:
-            spowl.close_envs(envs)
+            ask("close")
         seen[how] = np.stack([first, row.obs, row.next_obs, obs])
     np.testing.assert_allclose(seen["log"], transform_obs(seen["raw"], space.low, space.high), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(seen["bins"], seen["log"])

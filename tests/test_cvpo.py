@@ -18,7 +18,7 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 import scipy.stats
-from conftest import as_numpy, leaves_equal, random_weights
+from conftest import as_numpy, leaves_equal, random_weights, run_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import (HEED_SIGNALS, QUICK, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, scalars,
@@ -679,8 +679,7 @@ def test_a_checkpoint_within_a_block_goes_on_to_the_last_bit(tmp_path):
     agent, _ = cvpo.update_many(ARGS, agent, buffer, 4)
     actor = init_actor(ARGS, jax.random.key(5), ACTIONS)
     action, actor = act(ARGS, agent, actor, np.zeros((2, OBS), np.float32), np.zeros(2, bool), True)
-    progress = cvpo.Progress(4, 4, 4, 0.0, 0, np.zeros(2, int), np.zeros(2, bool), np.zeros((2, OBS)), [], 0.0)
-    cvpo.save_checkpoint(tmp_path, cvpo.Run(agent, actor, buffer, progress), 0.0)
+    cvpo.save_checkpoint(tmp_path, run_of(cvpo, ARGS, agent, actor, buffer, 4))
     templates = {"agent": new_agent(ARGS, jax.random.key(0), OBS, ACTIONS),
                  "actor": init_actor(ARGS, jax.random.key(0), ACTIONS), "buffer": init_buffer(ARGS, OBS, ACTIONS)}
     trees, _ = cvpo.load_checkpoint(tmp_path, templates)

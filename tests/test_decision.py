@@ -222,7 +222,7 @@ def test_is_first_resets_the_warm_start_of_that_environment_only(agent):
 def test_what_decide_is_given(monkeypatch, agent):
     """§5-§6: every environment's own latent and last mean, and whether to explore; metrics are summed one by one."""
     def stand_in(args, model, policy, z, last_mean, key, explore):
-        metrics = {name: last_mean[0, 0] for name in new_actor().metrics}
+        metrics = dict.fromkeys(new_actor().metrics, last_mean[0, 0])
         return jnp.where(explore, 2.0, 1.0) * z[:2], last_mean + 1.0, metrics
 
     monkeypatch.setattr(spowl, "decide", stand_in)
@@ -243,7 +243,7 @@ def test_what_decide_is_given(monkeypatch, agent):
 def test_environments_are_decided_in_equal_groups(monkeypatch, agent, backend, num_envs, at_once):
     """At most five at a time where the cache is small, all at once elsewhere; each gets what is its own."""
     def stand_in(args, model, policy, z, last_mean, key, explore):
-        return z[:2], last_mean + 1.0, {name: last_mean[0, 0] for name in new_actor().metrics}
+        return z[:2], last_mean + 1.0, dict.fromkeys(new_actor().metrics, last_mean[0, 0])
 
     groups, lax_map = [], jax.lax.map
     monkeypatch.setattr(spowl, "decide", stand_in)

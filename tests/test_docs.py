@@ -1,11 +1,14 @@
-"""README and docs/: links lead somewhere, every script has its page, every logged number is explained on it."""
+"""README and docs/: links lead somewhere, every script has its page, every logged number is explained on it. Lint."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmark" / "diffs.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tools/diffs.md")),
+         *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted(ROOT.glob("ablations/*.py")), *sorted(ROOT.glob("baselines/*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TAG = re.compile(r"""["'{ ](?:charts|eval|critic|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
@@ -41,15 +44,19 @@ def logged_tags(script):
     for terms in re.findall(r"    terms = \{.*?    \}", text, re.DOTALL):
         tags |= {f"losses/{name}" for name in re.findall(r'^        "(\w+)": ', terms, re.MULTILINE)}
     tags |= {f"losses/{name}" for name in re.findall(r'    losses\["(\w+)"\] = ', text)}
-    for *groups, before in re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text):  # where the critic is read
+    for *groups, before in re.findall(r'groups = .*"(\w+)", "(\w+)", \*\(f"(before_)', text):  # of the critic
         for tag in [tag for tag in tags if tag.startswith("critic/") and tag.endswith("_")]:
             tags = tags - {tag} | {tag + name for name in (*groups, *(f"{before}{k}" for k in range(1, 6)))}
-    return tags - {"losses/"}
+    for begin, ends in {"charts/episodic_": ("return", "cost", "length"), "time/": ("env", "act", "update"),
+                        "eval/": ("episodic_return", "episodic_cost", "balance")}.items():
+        assert f'f"{begin}{{' in text  # the names that follow stand beside it
+        tags |= {begin + end for end in ends}
+    return tags - {"losses/", "charts/episodic_"}
 
 
 def test_the_tags_are_found():
-    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval, 15
-    of the critic."""
+    """The full agent's, counted by hand: 13 losses, 3 of the multiplier, 4 of the planner, 6 charts, 3 times, 3 eval,
+    15 of the critic."""
     assert len(logged_tags(ROOT / "spowl_continuous.py")) == 13 + 3 + 4 + 6 + 3 + 3 + 15
 
 
@@ -58,3 +65,8 @@ def test_every_logged_number_is_explained(script):
     """On the script's own page, or on the full agent's, which it refers to."""
     explained = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in (script.stem, "spowl_continuous"))
     assert {tag for tag in logged_tags(script) if f"`{tag}`" not in explained} == set()
+
+
+def test_ruff_finds_nothing():
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr

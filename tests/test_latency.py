@@ -3,12 +3,12 @@ import csv
 import dataclasses
 
 import pytest
-from benchmark import latency
 from conftest import small_args
 from test_train import QUICK, ROOT, run
 
 import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
+from benchmark import latency
 
 ARGS = small_args(num_samples=128, num_pi_trajs=12, num_elites=16, plan_horizon=6)
 

@@ -127,7 +127,7 @@ def test_world_model_gradient_against_finite_differences(agent):
         assert abs(numeric) > 1e-4 and ours == pytest.approx(numeric, rel=2e-3), part
 
 
-@pytest.mark.parametrize("cost", [0.0, 2.0])
+@pytest.mark.parametrize("cost", [0.0, 0.25, 2.0])  # a step may cost less than 1
 def test_positive_cost_weighs_more_and_is_not_renormalised(agent, cost):
     """§3: a cross-entropy with cost > 0 counts x7 here, also where all have one."""
     batch, *rest = make_batch()
@@ -345,6 +345,8 @@ def test_policy_loss_against_numpy(agent, monkeypatch, agg, multiplier, penalty)
     assert [float(x) for x in found] == pytest.approx(expected, rel=2e-3)
     assert next_penalty == pytest.approx(penalty * (1 + args.mu_growth))
     assert (metrics["lagrangian/lambda"], metrics["lagrangian/mu"]) == (next_multiplier, next_penalty)
+    log_prob = 0.7 * np.asarray(zs, np.float64)[0, :, :4].sum(-1) * 300.0  # of encoded observations alone
+    assert metrics["losses/entropy"] == pytest.approx(-log_prob.mean(), rel=1e-4) and log_prob.mean() > 1.0
     up, down = (np_policy_loss(0.7 + by, args, model, zs, mask, *numbers, *heads, held_scale=expected[4])[0]
                 for by in (1e-5, -1e-5))
     assert grad == pytest.approx((up - down) / 2e-5, rel=3e-3)

@@ -662,8 +662,9 @@ def test_flags_that_cannot_be(words, told):
 
 
 def test_a_rollout_that_cannot_fit_is_refused():
-    with pytest.raises(SystemExit, match=r"^the replay buffer needs .*: lower --train-every$"):
-        ppo.check_device(parse_args("--train-every 2e10 --total-timesteps 2e10 --eval-every 0".split()), (60, 2))
+    args = parse_args("--train-every 2e10 --total-timesteps 2e10 --eval-every 0".split())
+    with pytest.raises(SystemExit, match=r"^the replay buffer needs .*: lower --buffer-size \(--train-every, where"):
+        ppo.begin(args, None, (60, 2))
 
 
 SCRIPT = ROOT / "baselines" / "ppo_lagrangian.py"

@@ -1,13 +1,15 @@
-"""benchmark/reconstruct.py on a run directory made by hand: what is chosen, decoded, drawn and refused."""
+"""probe/reconstruct.py on a run directory made by hand: what is chosen, decoded, drawn and refused."""
 import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from benchmark import reconstruct
-from benchmark.reconstruct import safedreamer as sd
+from conftest import saved_run
 from PIL import Image
+
+from probe import reconstruct
+from probe.reconstruct import safedreamer as sd
 
 ARGS = sd.Args(inputs="vision", num_envs=2, buffer_size=24, deter=8, stoch=2, classes=3, units=8, channels=2,
                head_layers=1, num_bins=11, window=4)
@@ -18,16 +20,14 @@ PICTURE = 64 * 64 * 6
 def run(tmp_path_factory):
     """A run whose ring of twelve rows has gone round. Environment 0's episodes end at steps 9 and 13 of 15; every
     picture has one colour that says the step."""
-    directory = sd.make_run_dir(dataclasses.replace(ARGS, runs_dir=str(tmp_path_factory.mktemp("reconstruct"))))
     buffer, rng = sd.init_buffer(ARGS, PICTURE, 2), np.random.default_rng(0)
     zeros = np.zeros(2, np.float32)
     for step in range(15):
         obs, ends = np.full((2, PICTURE), step / 255.0), np.array([step in (9, 13), False], np.float32)
         buffer = sd.add(buffer, sd.Transition(obs, rng.uniform(-1, 1, (2, 2)), zeros, zeros, obs, zeros, ends))
     agent = sd.init_agent(ARGS, jax.random.key(0), PICTURE, 2)
-    progress = sd.Progress(150, 150, 150, 0.0, 0, np.zeros(2, int), np.zeros(2, bool), np.zeros((2, 1)), [], 0.0)
-    sd.save_checkpoint(directory, sd.Run(agent, sd.init_actor(ARGS, jax.random.key(1), 2), buffer, progress), 0.0)
-    return directory
+    args = dataclasses.replace(ARGS, runs_dir=str(tmp_path_factory.mktemp("reconstruct")))
+    return saved_run(sd, args, agent, buffer, 150)
 
 
 @pytest.mark.parametrize("length, first", [(1, 14), (2, 12), (4, 10), (5, 5), (7, 3)])

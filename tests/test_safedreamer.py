@@ -315,7 +315,8 @@ def test_the_multiplier_by_hand(over):
 def test_actor_loss_by_hand(scale):
     """Mean of w (-(R - V) / max(1, S) - 0.01 entropy), V of the state an action is taken in, and Psi on top."""
     args = small_args(entropy_coef=0.01, cost_limit=0.5)
-    agent = random_agent(args)._replace(multiplier=jnp.float32(0.2), penalty=jnp.float32(0.01), scale=jnp.float32(scale))
+    numbers = {"multiplier": 0.2, "penalty": 0.01, "scale": scale}
+    agent = random_agent(args)._replace(**{name: jnp.float32(x) for name, x in numbers.items()})
     loss, (seen, discounted, *_, after, metrics) = jax.jit(sd.policy_loss, static_argnums=1)(
         agent.policy, args, agent, agent.model, *start_of_rollouts(args, 5), jax.random.key(6))
     seen = float64(seen)
@@ -663,11 +664,11 @@ def test_a_convolution_and_its_transpose_by_loops(side):
     x, y = rng.normal(size=(2, side, side, 3)), rng.normal(size=(2, side // 2, side // 2, 5))
     w = rng.normal(size=(4, 4, 3, 5))
     halved, doubled = np.zeros_like(y), np.zeros_like(x)
-    for i, j, k, l in itertools.product(range(side // 2), range(side // 2), range(4), range(4)):
-        row, column = 2 * i + k - 1, 2 * j + l - 1
+    for i, j, k, m in itertools.product(range(side // 2), range(side // 2), range(4), range(4)):
+        row, column = 2 * i + k - 1, 2 * j + m - 1
         if 0 <= row < side and 0 <= column < side:
-            halved[:, i, j] += x[:, row, column] @ w[k, l]
-            doubled[:, row, column] += y[:, i, j] @ w[k, l].T
+            halved[:, i, j] += x[:, row, column] @ w[k, m]
+            doubled[:, row, column] += y[:, i, j] @ w[k, m].T
     to_float32 = lambda x: jnp.asarray(x, jnp.float32)
     np.testing.assert_allclose(sd.halve(to_float32(x), to_float32(w)), halved, atol=1e-4)
     np.testing.assert_allclose(sd.double(to_float32(y), to_float32(w.swapaxes(2, 3))), doubled, atol=1e-4)

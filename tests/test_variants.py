@@ -338,7 +338,8 @@ def test_another_script_is_refused(runs, place, name, flag):
         if other != name:
             with pytest.raises(SystemExit) as stop:
                 module.parse_args([flag, str(made.dir)])
-            assert str(stop.value) == f"{made.dir} was made by {name}.py: use that script"
+            assert str(stop.value) == (f"{made.dir} is not a run directory of this script: it was made by {name}.py, "
+                                       "use that script")
     if name == "spowl_fixed_threshold":
         one_line(command(place, SCRIPTS["spowl_continuous"], flag, made.dir), "spowl_fixed_threshold.py")
 

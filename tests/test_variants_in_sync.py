@@ -5,8 +5,8 @@ import re
 from functools import cache
 
 import pytest
-from benchmark import diffs, sync
-from benchmark.sync import FULL, OTHERS, ROOT, SURROUND, VARIANTS, claims, flags_of, name_of
+from tools import diffs, sync
+from tools.sync import FULL, OTHERS, ROOT, SURROUND, VARIANTS, claims, flags_of, name_of
 
 EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
                                for paths in ([FULL, *OTHERS, *VARIANTS], VARIANTS))
@@ -109,10 +109,9 @@ def test_another_method_has_the_same_around_it(path):
     method = {name for name, text in pieces(other.partition(SURROUND)[0])[0].items() if ours.get(name) == text}
     assert {name for name in method if not name.startswith("Args.")} == claims(other)["same"]
     assert sync.surrounded(full, other) == other
-    changed = full.replace("MAX_FAILURES = 10", "MAX_FAILURES = 11").replace("INT\", whole", "INT\", float")
-    assert changed.count("MAX_FAILURES = 11") == changed.count("INT\", float") == 1
-    assert sync.surrounded(changed, other) == other.replace("MAX_FAILURES = 10", "MAX_FAILURES = 11").replace(
-        "INT\", whole", "INT\", float")
+    change = lambda source: source.replace("timeout=300.0", "timeout=301.0").replace("INT\", whole", "INT\", float")
+    assert change(full).count("timeout=301.0") == change(full).count("INT\", float") == 1
+    assert sync.surrounded(change(full), other) == change(other)
 
 
 @EVERY_SCRIPT
@@ -131,7 +130,7 @@ def test_every_flag_is_read_or_said_to_be_without_effect(path):
     flags = {name.removeprefix("Args."): text for name, text in texts.items() if name.startswith("Args.")}
     code = "\n".join(text for name, text in texts.items() if not name.startswith("Args.") and name != "rules")
     silent = {name for name in flags if "without effect" in flags[name]}
-    read = {name for name in flags if re.search(rf"\bargs\.{name}\b", code)}
+    read = {name for name in flags if re.search(rf"\b(args|Args\(\)\))\.{name}\b", code)}
     assert read == flags.keys() - silent
 
 
@@ -141,7 +140,9 @@ def test_a_script_stands_alone(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    ours = {found.stem for found in ROOT.rglob("*.py") if ".venv" not in found.parts} | {"ablations", "benchmark"}
+    folders = {found.name for found in ROOT.iterdir() if found.is_dir() and found.name not in (".venv", "runs")}
+    ours = folders | {found.stem for place in (".", *folders) for found in (ROOT / place).glob("*.py")}
+    assert {"benchmark", "tools", "sync", "spowl_continuous"} <= ours
     assert {name.split(".")[0] for name in names} & ours == set()
 
 
@@ -162,7 +163,7 @@ PLANTED = {  # what somebody might do to one script and forget in the others -> 
     "a constant in a shared function": ("+ 1e-5)", "+ 1e-6)", ["layer_norm differs"]),
     "an argument of a shared function": ("def symlog(x):", "def symlog(x, base=None):", ["symlog differs"]),
     "a shared docstring": ("Inverse of symlog.", "The inverse of symlog.", ["symexp differs"]),
-    "a comment in a shared function": ("# a CPU has none", "# none", ["check_device differs"]),
+    "a comment in a shared function": ("# the oldest row first", "# in order", ["begin differs"]),
     "a decorator": ('"num_updates"), donate_argnames="agent")', '"num_updates"))', ["update_many differs"]),
     "a field of a tuple": ("    head: jax.Array\n", "    first: jax.Array\n", ["Buffer differs"]),
     "a default": (" gamma: Share = 0.975", " gamma: Share = 0.99", ["Args.gamma differs"]),
@@ -172,7 +173,7 @@ PLANTED = {  # what somebody might do to one script and forget in the others -> 
     "another name": ("def masked_mean(", "def average(", ["average is extra", "masked_mean is missing"]),
     "a new function": ("def symexp(x):", "def identity(x):\n    return x\n\n\ndef symexp(x):", ["identity is extra"]),
     "a new flag": ("    num_q: Count = 5", "    num_r: Count = 5\n    num_q: Count = 5", ["Args.num_r is extra"]),
-    "an import": ("import csv\n", "", ["imports, headings, comments or the header differ"]),
+    "an import": ("import ctypes\n", "", ["imports, headings, comments or the header differ"]),
     "a pin": ("optax==0.2.8", "optax==0.2.7", ["imports, headings, comments or the header differ"]),
     "a heading": ("\n# Losses\n", "\n# All losses\n", ["imports, headings, comments or the header differ"]),
     "a statement": ("norm_mish.defvjp(", "norm_mish.def_vjp(", ["imports, headings, comments or the header differ"]),
@@ -211,7 +212,7 @@ def test_an_untrue_list_is_reported(path):
 @EVERY_VARIANT
 def test_another_order_is_reported(path):
     source = path.read_text()
-    one, other = (pieces(source)[0][name] for name in ("write_csv", "flatten"))
+    one, other = (pieces(source)[0][name] for name in ("write_csv", "checkpoints"))
     before, _, rest = source.partition(one)
     between, _, after = rest.partition(other)
     moved = before + other + between + one + after
@@ -220,7 +221,7 @@ def test_another_order_is_reported(path):
 
 SHARED = {  # what is changed in the full agent alone, and then written into the others
     "a constant": ("+ 1e-5)", "+ 1e-6)"), "a heading": ("\n# Losses\n", "\n# All losses\n"),
-    "an import": ("import csv\n", "import csv\nimport cmd\n"), "a flag": ("    num_q: Count = 5", "    num_q: Count = 7"),
+    "an import": ("import copy\n", "import cmd\nimport copy\n"), "a flag": ("    num_q: Count = 5", "    num_q: Count = 7"),
     "a new function": ("def symexp(x):", "def identity(x):\n    return x\n\n\ndef symexp(x):"),
     "a removed function": ("def episode_seed(", "def seed_of_episode("),
     "what surrounds the method": ("# From here on, what surrounds", "# From here on what surrounds"),
@@ -244,5 +245,5 @@ def test_sync_writes_what_is_shared_and_keeps_what_is_not(path, what):
 
 
 def test_page_of_diffs_is_current():
-    """benchmark/diffs.md is what `python benchmark/diffs.py` writes."""
-    assert (ROOT / "benchmark" / "diffs.md").read_text() == diffs.page()
+    """tools/diffs.md is what `python tools/diffs.py` writes."""
+    assert (ROOT / "tools" / "diffs.md").read_text() == diffs.page()

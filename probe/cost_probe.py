@@ -1,6 +1,6 @@
 """Can the costs be learned? Train on the fixed replay buffer of a run, ask about the environments that were left out.
 
-    python benchmark/cost_probe.py RUN --variants "log: --obs-transform log" bins --csv costs.csv
+    python probe/cost_probe.py RUN --variants "log: --obs-transform log" bins --csv costs.csv
 
 Minutes where a training run takes an hour. RUN is a run directory of spowl_continuous.py; the agents are trained from
 scratch on all but two of its environments by the script's own updates, with the run's flags and on top of them those of
@@ -11,8 +11,8 @@ with the discounted cost that followed, and the means of both; and how much of t
 begins with "supervised" is the ceiling: a plain MLP that is told nothing but observation, action and whether the step
 cost.
 
-    python benchmark/cost_probe.py RUN --variants bins "decoder: ablations/spowl_decoder.py --decoder-coef 1"
-    python benchmark/cost_probe.py RUN --variants bins --without hazards_lidar"""
+    python probe/cost_probe.py RUN --variants bins "decoder: ablations/spowl_decoder.py --decoder-coef 1"
+    python probe/cost_probe.py RUN --variants bins --without hazards_lidar"""
 
 import csv
 import importlib

@@ -2,10 +2,10 @@
 
 A variant, whose docstring says "Differs from SCRIPT in", shares every definition that it does not list there, the
 imports, the headings, and all of what surrounds the method. Another method, whose docstring says "Shares with SCRIPT",
-shares the definitions listed there, the imports, and what surrounds the method but for the definitions listed as its own.
+shares the definitions listed there, the imports, and what surrounds the method but for definitions listed as its own.
 
-    python benchmark/sync.py            # write
-    python benchmark/sync.py --check    # exit status 1 and a list if something would be written
+    python tools/sync.py            # write
+    python tools/sync.py --check    # exit status 1 and a list if something would be written
 """
 import ast
 import re

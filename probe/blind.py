@@ -1,6 +1,6 @@
 """SPOWL on tasks without one of their sensors: its entries of the observation are 0 (docs/results/latent.md).
 
-    python benchmark/blind.py --preset laptop --env-id SafetyPointGoal1NoHazardsLidar-v0
+    python probe/blind.py --preset laptop --env-id SafetyPointGoal1NoHazardsLidar-v0
 
 Every such task with a flat observation is there for each of SENSORS; flags and run directories are those of
 spowl_continuous.py."""
@@ -15,8 +15,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import spowl_continuous as spowl
 from cost_probe import sensors
+
+import spowl_continuous as spowl
 
 SENSORS = ("accelerometer", "velocimeter", "gyro", "magnetometer", "goal_lidar", "hazards_lidar", "vases_lidar")
 
@@ -60,7 +61,7 @@ def register():
             safety_gymnasium.register(id=name, entry_point=partial(make_blind, env_id, sensor))
 
 
-register()  # also where a process is started anew, which imports this file
+register()
 
 if __name__ == "__main__":
     spowl.main()

@@ -1,6 +1,6 @@
 """Keep what --evaluate needs of a run, and nothing else: its flags and its networks, in a few megabytes.
 
-    python benchmark/pretrained.py runs/RUN benchmark/pretrained/NAME
+    python probe/pretrained.py runs/RUN benchmark/pretrained/NAME
 
 The optimisers' state is set to zero and the replay buffer left out, so such a directory cannot be resumed."""
 
@@ -35,7 +35,7 @@ def main(options):
     with np.load(found[-1]) as file:
         kept = {name: file[name] for name in file.files if name == "counters" or name.startswith("['agent']")}
     counters = json.loads(str(kept["counters"]))
-    counters = {name: counters[name] for name in ("step", "completed", "cost", "simulated", "format")}
+    counters = {name: counters[name] for name in ("step", "simulated", "cost")}
     kept = {name: np.zeros_like(value) if "_opt" in name else value for name, value in kept.items()}
     options.to.mkdir(parents=True)
     (options.to / "args.json").write_text(json.dumps(info, indent=2) + "\n")

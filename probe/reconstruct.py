@@ -1,6 +1,6 @@
 """What SafeDreamer's world model sees: pictures of its two cameras beside those that it decodes.
 
-    python benchmark/reconstruct.py runs/RUN --picture reconstruction.png
+    python probe/reconstruct.py runs/RUN --picture reconstruction.png
 
 RUN is a run directory of baselines/safedreamer.py --inputs vision. The newest agent steps of its replay buffer that lie
 in one episode are filtered as in training. Above what was seen, below what the model decodes: up to the red line from

@@ -1,6 +1,6 @@
 """Write diffs.md: how each variant differs from the script it is a variant of, removed definitions in their first line.
 
-    python benchmark/diffs.py
+    python tools/diffs.py
 """
 import ast
 import difflib
@@ -10,13 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmark.sync import VARIANTS, relation
+from tools.sync import VARIANTS, relation
 
 INTRODUCTION = """# The variants as diffs
 
 What `diff SCRIPT VARIANT` shows, SCRIPT the one that it is a variant of, after the module's docstring. `@@` names the
 definition a change lies in; a definition that is removed whole is shown by its first line. Written by
-`python benchmark/diffs.py`; a test compares this page with the scripts.
+`python tools/diffs.py`; a test compares this page with the scripts.
 """
 DEFINITION = ("def ", "class ", "@")
 
@@ -59,4 +59,4 @@ def page():
 
 
 if __name__ == "__main__":
-    (ROOT / "benchmark" / "diffs.md").write_text(page())
+    (ROOT / "tools" / "diffs.md").write_text(page())
