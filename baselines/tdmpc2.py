@@ -74,6 +74,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
@@ -891,8 +892,7 @@ def play(args, env, stream, index, episode):
             failed, done = failed + 1, True
             if failed == 10:
                 raise
-            why = str(error).partition("\n")[0]
-            print(f"episode {episode} of environment {index} is left out: {why}", file=sys.stderr)
+            print(f"episode {episode} of environment {index} left out:", str(error).partition("\n")[0], file=sys.stderr)
         while not done:
             action = yield obs, episode, row, steps
             bounded, reward, cost, failed = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high), 0.0, 0.0, 0
@@ -908,8 +908,7 @@ def play(args, env, stream, index, episode):
 
 def env_worker(pipe, args, stream, indices, drawn):
     """Body of a process that answers for the environments `indices` as `start_envs` says; what goes wrong, as text."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # the parent decides when to stop
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever it is doing, it dies with its parent
     sys.unraisablehook = lambda _: None  # a viewer without a screen would print a traceback when it is deleted
     try:
@@ -1393,6 +1392,7 @@ def main(argv=None):
             os.write(2, b"\nstopping after this step; Ctrl-C once more stops without saving\n")
 
     sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
+    threading.excepthook = lambda it: issubclass(it.exc_type, OSError) or threading.__excepthook__(it)  # TensorBoard's
     args, stopping, done = parse_args(argv), [], True
     if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import run_of, small_args
-from test_envs import Scripted, no_process, scripted_envs, scripted_train, threads, toy_agent
+from test_envs import Scripted, no_process, scripted_train, threads, toy_agent
 from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, Wandb, checkpoint, environment, rows_of, start
 
 import spowl_continuous as spowl
