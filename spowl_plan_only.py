@@ -57,11 +57,11 @@ import ctypes
 import dataclasses
 import difflib
 import fcntl
-import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +73,7 @@ import zipfile
 import zlib
 from collections import Counter
 from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 from unittest import mock
@@ -299,10 +300,9 @@ PRESETS = {
 
 def advice(args):
     """A line to begin a run on a CPU with, or ""."""
-    if args.preset != "paper":
-        return ""
     days = args.total_timesteps * args.mlp_dim**2 / (5e6 * 512**2) * 7  # measured on two cores, to a factor of two
-    return f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one"
+    line = f"the paper's preset on a CPU takes about {days:.2g} days: --preset laptop is made for one"
+    return line if args.preset == "paper" else ""
 
 
 def rules(args):
@@ -1145,7 +1145,8 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
     ask("step", actions (E, A)) -> obs to act on next, episodes, a Transition, simulator steps taken (E,).
     ask("draw") -> a picture of the first one. ask("close") ends the processes."""
     if args.env_id not in (tasks := import_safety_gymnasium().utils.registration.safe_registry):
-        near = difflib.get_close_matches(args.env_id, [x for x in tasks if "Vision" not in x]) or [Args.env_id]
+        flat = [name for name in tasks if not name[:-3].endswith(("Vision", "Debug", "Gymnasium"))]
+        near = difflib.get_close_matches(args.env_id, flat) or [Args.env_id]
         raise SystemExit(f"--env-id {args.env_id} is not a task of Safety-Gymnasium; did you mean {', '.join(near)}?")
     context, workers = multiprocessing.get_context(start_method), []
 
@@ -1307,8 +1308,7 @@ def open_run_dir(args, stack):
     run_dir = Path(args.resume or f"{args.runs_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     if not args.resume:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True).stdout
-        versions = {name: importlib.metadata.version(name) for name in (
-            "jax", "jaxlib", "optax", "numpy", "safety-gymnasium", "gymnasium", "mujoco")}
+        versions = {x: metadata.version(x) for x in "jax jaxlib optax numpy safety-gymnasium gymnasium mujoco".split()}
         info = {"script": Path(__file__).stem, "args": vars(args), "git_commit": git.decode().strip() or None,
                 "python": sys.version.split()[0], "packages": versions}
         run_dir.mkdir(parents=True)
@@ -1321,7 +1321,7 @@ def open_run_dir(args, stack):
     except OSError:
         pass  # a file system without locks
     if args.track:
-        tracked = importlib.import_module("wandb").init(
+        tracked = import_module("wandb").init(
             project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", dir=run_dir,
             config=vars(args), group=f"{args.env_id}__{args.exp_name}", sync_tensorboard=True)
         stack.callback(tracked.finish)
@@ -1598,11 +1598,11 @@ def main(argv=None):
             signal.signal(number, signal.SIG_DFL if args.evaluate else heed)
     try:
         done = evaluate_run(args) if args.evaluate else train(args, stopping)
-    except (OSError, ImportError, RuntimeError) as error:
-        if type(error) is RuntimeError and "backend" not in str(error) and "MUJOCO_GL" not in str(error):
+    except (OSError, ImportError, RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0] or "JAX finds no device of JAX_PLATFORMS" * ("JAX_PLATFORMS" in os.environ)
+        if not isinstance(error, (OSError, ImportError)) and not re.search("backend|JAX_PLATFORMS|MUJOCO_GL", told):
             raise
-        kept = "; the last checkpoint stays" * bool(getattr(error, "errno", 0))  # what was not written has a number
-        raise SystemExit(str(error).partition("\n")[0] + kept)
+        raise SystemExit(told + "; the last checkpoint stays" * bool(getattr(error, "errno", 0)))
     if stopping and not done:
         os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
 

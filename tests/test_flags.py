@@ -109,7 +109,7 @@ def test_all_mistakes_are_told_at_once():
     assert [line.split()[0] for line in lines] == ["--num-elites", "--min-std"]
 
 
-@pytest.mark.parametrize("text", ["a\udcffb", "a\nb", "a\x1b[2J", "\0"], ids=["no UTF-8", "line", "terminal", "nothing"])
+@pytest.mark.parametrize("text", ["a\udcffb", "a\nb", "a\x1b[2J", "\0"], ids=["no UTF-8", "line", "terminal", "zero"])
 def test_text_that_cannot_be_printed_is_refused(text):
     """Python gives bytes that are no UTF-8 as lone surrogates. A line for each flag, in which they are not printed."""
     flags = ("--env-id", "--exp-name", "--runs-dir")
@@ -129,7 +129,8 @@ def test_every_number_of_updates_that_is_whole_is_accepted():
     assert sum(500 / 5 * (n / 100) % 1 != 0 for n in hundredths) == 35
     each = {n: dataclasses.replace(spowl.Args(), train_every=500, updates_per_step=n / 100) for n in hundredths}
     assert [n for n, args in each.items() if spowl.problems(args)] == []
-    assert [n for n, args in each.items() if {*np.diff([spowl.updates_due(args, 500 * k) for k in range(20)])} != {n}] == []
+    made = {n: {*np.diff([spowl.updates_due(args, 500 * k) for k in range(20)])} for n, args in each.items()}
+    assert made == {n: {n} for n in each}
     assert parse_args("--train-every 500 --updates-per-step 1.1".split()).updates_per_step == 1.1
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("spowl_*.py"))
 FOLDERS = [ROOT / name for name in ("ablations", "baselines", "benchmark", "probe", "tests", "tools")]
 SOURCES = SCRIPTS + [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))]
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "safety_gymnasium": "safety-gymnasium"}
 HEADER = re.compile(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", re.MULTILINE)
 WITH_HEADER = [path for path in SOURCES if path in SCRIPTS or HEADER.search(path.read_text())]
@@ -134,9 +134,9 @@ def test_installed_versions_are_the_pins():
 # Script headers
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", WITH_HEADER, ids=lambda path: path.name)
-def test_header_admits_the_three_pythons(path):
+def test_header_admits_these_pythons(path):
     admitted = SpecifierSet(read_header(path)["requires-python"])
-    assert [python for python in ("3.10", *PYTHONS, "3.14") if admitted.contains(f"{python}.1")] == list(PYTHONS)
+    assert [python for python in ("3.10", *PYTHONS, "3.15") if admitted.contains(f"{python}.1")] == list(PYTHONS)
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -238,7 +238,7 @@ class RenamedGeom:
 
 @pytest.mark.parametrize("version", ["installed", "renamed"])
 def test_marks_of_the_lidar_can_be_drawn(monkeypatch, version):
-    """gymnasium 0.28 sets fields that are gone in MuJoCo 3.2: what it is asked to draw stands in the scene nevertheless,
+    """gymnasium 0.28 sets fields that are gone in MuJoCo 3.2: what it is asked to draw stands in the scene nonetheless,
     in this MuJoCo's and in one without these fields. No picture is needed for that."""
     import mujoco
 

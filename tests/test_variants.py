@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_losses import ALIVE, B, H, dropout_masks, make_batch
 from test_losses import ARGS as LOSS_ARGS
 from test_planner import np_scores
-from test_train import POINT, QUICK, ROOT, SUMMARY, TAGS, checkpoint, command, one_line, rows_of, run, scalars, train
+from test_train import POINT, QUICK, ROOT, SUMMARY, TAGS, checkpoint, rows_of, run, scalars, train
 
 import spowl_continuous as full
 import spowl_fixed_threshold as fixed
@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_its_own_script(runs, place, name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_another_script_is_refused(runs, place, name, flag):
+def test_another_script_is_refused(runs, name, flag):
     """One line that names the right one, from every other script, although the flags may not even exist there."""
     made = runs(name)
     for other, module in {"spowl_continuous": full, **VARIANTS}.items():
@@ -340,8 +340,6 @@ def test_another_script_is_refused(runs, place, name, flag):
                 module.parse_args([flag, str(made.dir)])
             assert str(stop.value) == (f"{made.dir} is not a run directory of this script: it was made by {name}.py, "
                                        "use that script")
-    if name == "spowl_fixed_threshold":
-        one_line(command(place, SCRIPTS["spowl_continuous"], flag, made.dir), "spowl_fixed_threshold.py")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -221,7 +221,8 @@ def test_another_order_is_reported(path):
 
 SHARED = {  # what is changed in the full agent alone, and then written into the others
     "a constant": ("+ 1e-5)", "+ 1e-6)"), "a heading": ("\n# Losses\n", "\n# All losses\n"),
-    "an import": ("import copy\n", "import cmd\nimport copy\n"), "a flag": ("    num_q: Count = 5", "    num_q: Count = 7"),
+    "an import": ("import copy\n", "import cmd\nimport copy\n"),
+    "a flag": ("    num_q: Count = 5", "    num_q: Count = 7"),
     "a new function": ("def symexp(x):", "def identity(x):\n    return x\n\n\ndef symexp(x):"),
     "a removed function": ("def episode_seed(", "def seed_of_episode("),
     "what surrounds the method": ("# From here on, what surrounds", "# From here on what surrounds"),
