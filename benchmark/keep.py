@@ -1,0 +1,69 @@
+"""Keep of a run what pages speak of: the episodes of its evaluations and its logged numbers, as two small csv files.
+
+    python benchmark/keep.py runs/RUN [runs/RUN ...] --to benchmark/results/million
+
+RUN's name without its time is theirs: NAME_episodes.csv has a row per evaluation episode, those of --evaluate last and
+marked "final"; NAME_numbers.csv a row per evaluation with every tag of TensorBoard at that step, to four digits. What
+a run cannot be known by from its flags is in NAME_args.json: flags, versions, git commit."""
+
+import csv
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+COLUMNS = ("split", "step", "environment", "return", "cost", "length")
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories"""
+    to: Path = Path("benchmark/results/million")
+    """directory of the csv files"""
+
+
+def episodes(run):
+    """Rows of the evaluations' episodes, oldest first; those of --evaluate, if it was run, as "final"."""
+    def rows(name, split):
+        if not (run / name).exists():
+            return []
+        with open(run / name, newline="") as file:
+            return [[split, row["step"], row["environment"], f"{float(row['return']):.3f}", f"{float(row['cost']):g}",
+                     row["length"]] for row in csv.DictReader(file) if row["split"] == "eval"]
+
+    return rows("episodes.csv", "eval") + rows("evaluation.csv", "final")
+
+
+def numbers(run, steps):
+    """Every tag's value at those steps, "" where it has none: the header and a row for each step."""
+    events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
+    tags = sorted(tag for tag in events.Tags()["tensors"] if not tag.startswith("_"))
+    logged = {tag: {event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
+              for tag in tags}
+    text = lambda tag, step: f"{logged[tag][step]:.4g}" if step in logged[tag] else ""
+    return [["step", *tags], *([step, *(text(tag, step) for tag in tags)] for step in steps)]
+
+
+def main(options):
+    options.to.mkdir(parents=True, exist_ok=True)
+    for run in options.runs:
+        if not (run / "args.json").exists():
+            raise SystemExit(f"{run} is not a run directory")
+        info, played = json.loads((run / "args.json").read_text())["args"], episodes(run)
+        if not played:
+            raise SystemExit(f"{run} has no evaluation yet")
+        name = f"{info['env_id']}__{info['exp_name']}__{info['seed']}"
+        steps = sorted({int(row[1]) for row in played if row[0] == "eval"})
+        for what, rows in {"episodes": [COLUMNS, *played], "numbers": numbers(run, steps)}.items():
+            with open(options.to / f"{name}_{what}.csv", "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+        shutil.copy(run / "args.json", options.to / f"{name}_args.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
