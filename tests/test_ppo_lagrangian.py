@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import jax
@@ -704,18 +705,18 @@ def check_run(directory, stdout, own):
 
 
 def check_resumed(place, script, straight):
-    """Ctrl-C to the whole group after the first evaluation, then --resume: the end of the uninterrupted run."""
+    """Ctrl-C to the whole group in the first rollouts, then --resume: the end of the uninterrupted run."""
     runs = place / f"interrupted{len(list(place.iterdir()))}"
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(script), "--runs-dir", str(runs), *FLAGS]
     process = subprocess.Popen(words, cwd=place, env=environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
-    while not (line := process.stdout.readline()).startswith("step 2,000"):
-        assert line, process.stderr.read()
+    assert str(runs) in process.stdout.readline()
+    time.sleep(0.5)  # it compiles, collects or learns: seconds are left
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=300)
     (directory,) = runs.iterdir()
     assert process.returncode == 130 and "Traceback" not in stderr and f"--resume {directory}" in stderr
-    assert 2000 <= checkpoint(directory)[0]["step"] < 5000
+    assert checkpoint(directory)[0]["step"] < 5000
     run(place, "--resume", directory, script=script)
     same_end(directory, straight)
 
