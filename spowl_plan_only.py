@@ -232,9 +232,13 @@ class SafePolicy:
     """lower bound of the policy's log standard deviation"""
     log_std_max: float = 2.0
     """upper bound of the policy's log standard deviation"""
+    cost_budget: Positive | None = None
+    """the cost_limit of OmniSafe and SafePO: what an episode may cost. The multiplier then follows what training
+    episodes do cost, instead of Eq. 8-10"""
     cost_limit: float = 0.1
-    """budget b on Qc(z, pi(z)), a discounted sum: at a steady cost rate this is b (1 - cost_gamma) 1000 / action_repeat
-    per episode of 1,000 steps, 0.06 with the paper's values and 1 with the laptop's"""
+    """not OmniSafe's cost_limit (that is --cost-budget) but the paper's b, on Qc(z, pi(z)), a discounted sum: at a
+    steady cost rate b (1 - cost_gamma) 1000 / action_repeat per episode of 1,000 steps, 0.06 with the paper's values
+    and 1 with the laptop's"""
     lagrangian_heads: Count = 5
     """random heads X <= num_qc of Qc that enter the constraint at each update (Fig. 8)"""
     lagrangian_agg: Literal["mean", "max"] = "mean"
@@ -841,11 +845,36 @@ def augmented_lagrangian(args, violation, multiplier, penalty):
 
     If lambda + mu Delta >= 0, Psi = lambda Delta + mu Delta^2 / 2 and the next lambda is lambda + mu Delta; otherwise
     Psi = -lambda^2 / (2 mu) and the next lambda is 0. It is capped at lambda_max.
-    differs from the paper: mu grows by 1 + nu up to its cap, where the paper prints a maximum (the release clips)."""
+    differs from the paper: mu grows by 1 + nu up to its cap, where the paper prints a maximum (the release clips).
+    Under a cost budget Psi = (lambda + p) Delta, and `steer` has set lambda and p, in the place of mu."""
+    if args.cost_budget is not None:
+        return (multiplier + penalty) * violation, multiplier, penalty
     shifted = multiplier + penalty * violation
     psi = jnp.where(shifted >= 0, multiplier * violation + 0.5 * penalty * violation**2, -0.5 * multiplier**2 / penalty)
     next_multiplier = jnp.clip(shifted, 0.0, args.lambda_max)
     return psi, next_multiplier, jnp.minimum(penalty * (1.0 + args.mu_growth) ** pace(args), args.mu_max)
+
+
+def episode_costs(buffer):
+    """(E,): the cost of each environment's latest whole episode in the ring, NaN where none has ended."""
+    age = jnp.arange(len(buffer.rows.done))  # 0: the newest row
+    row, filled = (buffer.head - 1 - age) % age.size, (age < buffer.size)[:, None]
+    done, cost = (jnp.where(filled, x[row], 0.0) for x in (buffer.rows.done, buffer.rows.cost))
+    ends = jnp.cumsum(done, axis=0)  # at and after a row: its latest whole episode has 1, what has begun since has 0
+    return jnp.where(ends[-1] > 0, jnp.sum(cost * (ends == 1), axis=0), jnp.nan)
+
+
+def steer(args, agent, buffer, num_updates):
+    """The agent with the multiplier that its next updates are to use under a cost budget: a PI controller in log space.
+
+    e = mean cost of the environments' latest episodes / budget - 1, at most 3: so it cannot wind up. log lambda grows
+    by 2e-5 e per simulator step, within [0.01, 10], and p = lambda e / 2 acts at once beside it.
+    PID-Lagrangian (arXiv 2007.03964) has lambda = (integral + proportional part)+ of the absolute error. Costs fall
+    about exponentially in lambda, so relative steps suit budgets and tasks of any size."""
+    error = jnp.minimum(jnp.nan_to_num(jnp.nanmean(episode_costs(buffer)) / args.cost_budget - 1.0), 3.0)
+    steps = num_updates * args.action_repeat / args.updates_per_step
+    multiplier = jnp.clip(agent.multiplier * jnp.exp(2e-5 * steps * error), 0.01, 10.0)
+    return agent._replace(multiplier=multiplier, penalty=0.5 * error * multiplier)
 
 
 def update_scale(scale, q):
@@ -886,7 +915,7 @@ class AgentState(NamedTuple):
     model_opt: tuple
     policy_opt: tuple
     multiplier: jax.Array  # lambda
-    penalty: jax.Array  # mu
+    penalty: jax.Array  # mu; under a cost budget p, the controller's proportional part
     scale: jax.Array  # S
     key: jax.Array
     num_updates: jax.Array  # gradient updates done; each one's key is folded from it
@@ -949,7 +978,11 @@ def update_many(args, agent, buffer, num_updates):
         key_sample, key_update = jax.random.split(jax.random.fold_in(agent.key, agent.num_updates))
         return update(args, agent, sample(args, buffer, key_sample), key_update)
 
+    if args.cost_budget is not None:
+        agent = steer(args, agent, buffer, num_updates)
     agent, metrics = jax.lax.scan(step, agent, length=num_updates)
+    if args.cost_budget is not None:
+        metrics["charts/cost_budget"] = jnp.float32(args.cost_budget)
     metrics["losses/param_norm"] = optax.tree.norm((agent.model, agent.policy))
     return agent, jax.tree.map(jnp.mean, metrics)
 
@@ -1242,13 +1275,14 @@ def interval(values):
     return np.percentile(drawn.mean(1), [2.5, 97.5])
 
 
-def summary(episodes, step, cost_rate, wall_time):
+def summary(args, episodes, step, cost_rate, wall_time):
     """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
     returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
     (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    budget = f" (budget {args.cost_budget:g})" if getattr(args, "cost_budget", None) else ""
     return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
-            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
-            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}]{budget} over {len(episodes)} "
+            f"episodes, cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
             f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
 
 
@@ -1492,7 +1526,7 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
     run = run._replace(completed=step, actor=run.actor._replace(metrics=zeros))
     if due:
         save_checkpoint(run_dir, run)
-        bar.write(summary(episodes, step, values["charts/cost_rate"], run.wall_time))
+        bar.write(summary(args, episodes, step, values["charts/cost_rate"], run.wall_time))
     return run, episodes
 
 
@@ -1506,7 +1540,7 @@ def evaluate_run(args):
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         episodes, frames = evaluate(args, trees["agent"], ask)
     step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
-    print(summary(episodes, step, cost_rate, time.time() - began))
+    print(summary(args, episodes, step, cost_rate, time.time() - began))
     for tag, value in critic_metrics(args, trees["agent"], episodes).items():
         print(f"{tag} {value:.3g}")
     columns = (*COLUMNS, "balance")

@@ -948,13 +948,14 @@ def interval(values):
     return np.percentile(drawn.mean(1), [2.5, 97.5])
 
 
-def summary(episodes, step, cost_rate, wall_time):
+def summary(args, episodes, step, cost_rate, wall_time):
     """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
     returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
     (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    budget = f" (budget {args.cost_budget:g})" if getattr(args, "cost_budget", None) else ""
     return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
-            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
-            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}]{budget} over {len(episodes)} "
+            f"episodes, cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
             f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
 
 
@@ -1198,7 +1199,7 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
     run = run._replace(completed=step, actor=run.actor._replace(metrics=zeros))
     if due:
         save_checkpoint(run_dir, run)
-        bar.write(summary(episodes, step, values["charts/cost_rate"], run.wall_time))
+        bar.write(summary(args, episodes, step, values["charts/cost_rate"], run.wall_time))
     return run, episodes
 
 
@@ -1212,7 +1213,7 @@ def evaluate_run(args):
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         episodes, frames = evaluate(args, trees["agent"], ask)
     step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
-    print(summary(episodes, step, cost_rate, time.time() - began))
+    print(summary(args, episodes, step, cost_rate, time.time() - began))
     for tag, value in critic_metrics(args, trees["agent"], episodes).items():
         print(f"{tag} {value:.3g}")
     columns = (*COLUMNS, "balance")

@@ -50,12 +50,14 @@ Differs from spowl_continuous.py in
     changed: decide, init_actor - executes the plan's action
     changed: td_targets, world_model_loss, AgentState, init_agent, update - no cost heads, no multiplier
     changed: critic_metrics - there are none
+    changed: update_many - no multiplier to steer
     removed: cost_bins, cost_two_hot, cost_read_out, free_of_cost, cost_heads - no costs are predicted
-    removed: pace, augmented_lagrangian, bootstrap_bounds, prefer_plan - no multiplier, no switch
+    removed: pace, augmented_lagrangian, episode_costs, steer - no multiplier
+    removed: bootstrap_bounds, prefer_plan - no switch
     removed: auc, cost_to_go, read_and_followed, in_chunks, read_costs - no critic to look at
     flags: num_qc, num_c, cost_coef, cost_value_coef, cost_positive_weight, cost_gamma, cost_read_out - removed
     flags: cost_target_agg, cost_limit, lagrangian_heads, lagrangian_agg, lambda_init, lambda_max - removed
-    flags: mu_init, mu_growth, mu_max, plan_cost_agg, switch_rule, bootstrap_samples - removed
+    flags: cost_budget, mu_init, mu_growth, mu_max, plan_cost_agg, switch_rule, bootstrap_samples - removed
     flags: dropout, gamma, rho, num_elites, iterations, temperature - say what they mean here
 """
 
@@ -1045,13 +1047,14 @@ def interval(values):
     return np.percentile(drawn.mean(1), [2.5, 97.5])
 
 
-def summary(episodes, step, cost_rate, wall_time):
+def summary(args, episodes, step, cost_rate, wall_time):
     """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
     returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
     (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    budget = f" (budget {args.cost_budget:g})" if getattr(args, "cost_budget", None) else ""
     return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
-            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}] over {len(episodes)} episodes, "
-            f"cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}]{budget} over {len(episodes)} "
+            f"episodes, cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
             f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
 
 
@@ -1295,7 +1298,7 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
     run = run._replace(completed=step, actor=run.actor._replace(metrics=zeros))
     if due:
         save_checkpoint(run_dir, run)
-        bar.write(summary(episodes, step, values["charts/cost_rate"], run.wall_time))
+        bar.write(summary(args, episodes, step, values["charts/cost_rate"], run.wall_time))
     return run, episodes
 
 
@@ -1309,7 +1312,7 @@ def evaluate_run(args):
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         episodes, frames = evaluate(args, trees["agent"], ask)
     step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
-    print(summary(episodes, step, cost_rate, time.time() - began))
+    print(summary(args, episodes, step, cost_rate, time.time() - began))
     for tag, value in critic_metrics(args, trees["agent"], episodes).items():
         print(f"{tag} {value:.3g}")
     columns = (*COLUMNS, "balance")
