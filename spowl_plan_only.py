@@ -846,9 +846,9 @@ def augmented_lagrangian(args, violation, multiplier, penalty):
     If lambda + mu Delta >= 0, Psi = lambda Delta + mu Delta^2 / 2 and the next lambda is lambda + mu Delta; otherwise
     Psi = -lambda^2 / (2 mu) and the next lambda is 0. It is capped at lambda_max.
     differs from the paper: mu grows by 1 + nu up to its cap, where the paper prints a maximum (the release clips).
-    Under a cost budget Psi = (lambda + p) Delta, and `steer` has set lambda and p, in the place of mu."""
+    Under a cost budget Psi = lambda Delta, and it is `steer` that moves lambda."""
     if args.cost_budget is not None:
-        return (multiplier + penalty) * violation, multiplier, penalty
+        return multiplier * violation, multiplier, penalty
     shifted = multiplier + penalty * violation
     psi = jnp.where(shifted >= 0, multiplier * violation + 0.5 * penalty * violation**2, -0.5 * multiplier**2 / penalty)
     next_multiplier = jnp.clip(shifted, 0.0, args.lambda_max)
@@ -864,17 +864,16 @@ def episode_costs(buffer):
     return jnp.where(ends[-1] > 0, jnp.sum(cost * (ends == 1), axis=0), jnp.nan)
 
 
-def steer(args, agent, buffer, num_updates):
-    """The agent with the multiplier that its next updates are to use under a cost budget: a PI controller in log space.
+def steer(args, multiplier, buffer, num_updates):
+    """The multiplier that the next updates are to use under a cost budget: integral control of its logarithm.
 
-    e = mean cost of the environments' latest episodes / budget - 1, at most 3: so it cannot wind up. log lambda grows
-    by 2e-5 e per simulator step, within [0.01, 10], and p = lambda e / 2 acts at once beside it.
-    PID-Lagrangian (arXiv 2007.03964) has lambda = (integral + proportional part)+ of the absolute error. Costs fall
-    about exponentially in lambda, so relative steps suit budgets and tasks of any size."""
-    error = jnp.minimum(jnp.nan_to_num(jnp.nanmean(episode_costs(buffer)) / args.cost_budget - 1.0), 3.0)
+    log lambda grows by 1.5e-5 e per simulator step, within [0.01, 10], with e = mean cost of the environments' latest
+    episodes / budget - 1, at most 2: so it cannot wind up. As costs fall about exponentially in lambda, relative steps
+    suit budgets and tasks of any size. PID-Lagrangian (arXiv 2007.03964) sums absolute errors and adds a proportional
+    and a derivative part; a proportional part made the costs of so few episodes swing."""
+    error = jnp.minimum(jnp.nan_to_num(jnp.nanmean(episode_costs(buffer)) / args.cost_budget - 1.0), 2.0)
     steps = num_updates * args.action_repeat / args.updates_per_step
-    multiplier = jnp.clip(agent.multiplier * jnp.exp(2e-5 * steps * error), 0.01, 10.0)
-    return agent._replace(multiplier=multiplier, penalty=0.5 * error * multiplier)
+    return jnp.clip(multiplier * jnp.exp(1.5e-5 * steps * error), 0.01, 10.0)
 
 
 def update_scale(scale, q):
@@ -915,7 +914,7 @@ class AgentState(NamedTuple):
     model_opt: tuple
     policy_opt: tuple
     multiplier: jax.Array  # lambda
-    penalty: jax.Array  # mu; under a cost budget p, the controller's proportional part
+    penalty: jax.Array  # mu
     scale: jax.Array  # S
     key: jax.Array
     num_updates: jax.Array  # gradient updates done; each one's key is folded from it
@@ -979,7 +978,7 @@ def update_many(args, agent, buffer, num_updates):
         return update(args, agent, sample(args, buffer, key_sample), key_update)
 
     if args.cost_budget is not None:
-        agent = steer(args, agent, buffer, num_updates)
+        agent = agent._replace(multiplier=steer(args, agent.multiplier, buffer, num_updates))
     agent, metrics = jax.lax.scan(step, agent, length=num_updates)
     if args.cost_budget is not None:
         metrics["charts/cost_budget"] = jnp.float32(args.cost_budget)

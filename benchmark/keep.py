@@ -3,8 +3,9 @@
     python benchmark/keep.py runs/RUN [runs/RUN ...] --to benchmark/results/million
 
 RUN's name without its time is theirs: NAME_episodes.csv has a row per evaluation episode, those of --evaluate last and
-marked "final"; NAME_numbers.csv a row per evaluation with every tag of TensorBoard at that step, to four digits. What
-a run cannot be known by from its flags is in NAME_args.json: flags, versions, git commit."""
+marked "final"; NAME_numbers.csv a row per evaluation with every tag of TensorBoard at that step and the means of the
+100 training episodes that ended last (train/cost, train/return), to four digits. NAME_args.json is the run's args.json:
+flags, versions, git commit."""
 
 import csv
 import json
@@ -39,12 +40,25 @@ def episodes(run):
     return rows("episodes.csv", "eval") + rows("evaluation.csv", "final")
 
 
+def training(run, steps, count=100):
+    """Mean return and cost of the `count` training episodes that ended last, by tag and step."""
+    with open(run / "episodes.csv", newline="") as file:
+        played = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    found = {"train/cost": {}, "train/return": {}}
+    for step in steps:
+        if latest := [row for row in played if int(row["step"]) <= step][-count:]:
+            for tag, values in found.items():
+                values[step] = sum(float(row[tag[6:]]) for row in latest) / len(latest)
+    return found
+
+
 def numbers(run, steps):
     """Every tag's value at those steps, "" where it has none: the header and a row for each step."""
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     tags = sorted(tag for tag in events.Tags()["tensors"] if not tag.startswith("_"))
     logged = {tag: {event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
-              for tag in tags}
+              for tag in tags} | training(run, steps)
+    tags = sorted(logged)
     text = lambda tag, step: f"{logged[tag][step]:.4g}" if step in logged[tag] else ""
     return [["step", *tags], *([step, *(text(tag, step) for tag in tags)] for step in steps)]
 

@@ -16,7 +16,7 @@ def run(tmp_path):
     directory.mkdir()
     (directory / "args.json").write_text(json.dumps({"args": {"env_id": "Task-v0", "exp_name": "name", "seed": 3}}))
     (directory / "episodes.csv").write_text("split,step,environment,return,cost,length\neval,100,0,1.23456,2.0,1000\n"
-                                            "train,150,0,9,9,1000\neval,200,0,-3,0.25,1000\n")
+                                            "train,150,0,9,9,1000\ntrain,200,1,6,7,1000\neval,200,0,-3,0.25,1000\n")
     (directory / "evaluation.csv").write_text(
         "split,step,environment,return,cost,length,balance\neval,200,5,4,7,90,1\n")
     writer = Writer(str(directory))
@@ -41,8 +41,8 @@ def test_what_is_kept(run, tmp_path):
         list(keep.COLUMNS), ["eval", "100", "0", "1.235", "2", "1000"], ["eval", "200", "0", "-3.000", "0.25", "1000"],
         ["final", "200", "5", "4.000", "7", "90"]]
     assert rows(tmp_path / "kept" / "Task-v0__name__3_numbers.csv") == [
-        ["step", "charts/cost_rate", "critic/cost_auc", "lagrangian/lambda"], ["100", "0.1235", "", "2e-07"],
-        ["200", "0.5", "0.91", ""]]
+        ["step", "charts/cost_rate", "critic/cost_auc", "lagrangian/lambda", "train/cost", "train/return"],
+        ["100", "0.1235", "", "2e-07", "", ""], ["200", "0.5", "0.91", "", "8", "7.5"]]
     assert (tmp_path / "kept" / "Task-v0__name__3_args.json").read_text() == (run / "args.json").read_text()
 
 
@@ -52,3 +52,9 @@ def test_what_cannot_be_kept(run, tmp_path, missing, says):
     (run / "evaluation.csv").unlink()
     with pytest.raises(SystemExit, match=says):
         keep.main(keep.Options((run,), tmp_path / "kept"))
+
+
+def test_training_episodes_of_late(run):
+    """The mean is over the latest `count` that had ended by then, at equal steps those that stand last."""
+    assert keep.training(run, [100, 150, 200], count=1) == {
+        "train/cost": {150: 9.0, 200: 7.0}, "train/return": {150: 9.0, 200: 6.0}}

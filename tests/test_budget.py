@@ -1,0 +1,93 @@
+"""--cost-budget: costs of whole episodes in the ring, the controller that follows them, what an update does with it."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_args
+from test_update import ARGS, UPDATES, copy, dataset, new_agent
+
+from spowl_continuous import (Transition, add, augmented_lagrangian, episode_costs, init_buffer, steer, summary,
+                              update_many)
+
+ENVS, CAPACITY = 3, 12
+RING = small_args(num_envs=ENVS, buffer_size=ENVS * CAPACITY, cost_budget=4.0, updates_per_step=0.5, action_repeat=5)
+BUDGET = dataclasses.replace(ARGS, cost_budget=0.7)
+
+
+def ring(done, cost):
+    """A ring to which those rows, (T, E) each, were added one after another."""
+    buffer, nothing = init_buffer(RING, 1, 1), jnp.zeros((ENVS, 1))
+    for ends, paid in zip(np.float32(done), np.float32(cost)):
+        buffer = add(buffer, Transition(nothing, nothing, jnp.zeros(ENVS), paid, nothing, ends, ends))
+    return buffer
+
+
+def brute_force(done, cost):
+    """Step by step: what an episode has cost is settled when it ends; the ring has forgotten all but its last rows."""
+    so_far, latest = np.zeros(ENVS), np.full(ENVS, np.nan)
+    for ends, paid in zip(done[-CAPACITY:], cost[-CAPACITY:]):
+        so_far = so_far + paid
+        latest, so_far = np.where(ends, so_far, latest), np.where(ends, 0.0, so_far)
+    return latest
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, CAPACITY, CAPACITY + 1, 3 * CAPACITY + 5])
+def test_cost_of_the_latest_whole_episode(steps):
+    """Each environment's own, also where the ring is empty, full, or has lost an episode's beginning."""
+    rng = np.random.default_rng(steps)
+    for share in (0.0, 0.1, 0.4, 1.0):
+        done, cost = rng.random((steps, ENVS)) < share, rng.integers(0, 9, (steps, ENVS))
+        np.testing.assert_array_equal(episode_costs(ring(done, cost)), brute_force(done, cost))
+
+
+def steered(costs, num_updates=100, multiplier=0.1):
+    """lambda after `steer` has seen episodes of those costs, None for an environment in its first episode."""
+    buffer = ring([[cost is not None for cost in costs]], [[cost or 0.0 for cost in costs]])
+    return float(steer(RING, jnp.float32(multiplier), buffer, num_updates))
+
+
+@pytest.mark.parametrize("costs, error", [
+    ((4, 4, 4), 0.0), ((6, 6, 6), 0.5), ((0, 8, 4), 0.0), ((0, 0, 0), -1.0), ((2, None, 2), -0.5),
+    ((12, 12, 12), 2.0), ((400, 0, 0), 2.0), ((None, None, None), 0.0)])
+def test_the_controller_by_hand(costs, error):
+    """100 updates belong to 100 x 5 / 0.5 = 1,000 simulator steps: lambda grows by e^(0.015 error)."""
+    assert steered(costs) == pytest.approx(0.1 * np.exp(0.015 * error), rel=1e-5)
+
+
+def test_blocks_of_updates_add_up():
+    """However a cycle's updates are cut into blocks, lambda ends at the same place."""
+    assert steered((8, 8, 8), 70, steered((8, 8, 8), 30)) == pytest.approx(steered((8, 8, 8)), rel=1e-5)
+
+
+def test_the_multiplier_stays_within_its_bounds_and_comes_back():
+    """A budget that cannot be kept and one that never binds leave lambda where it can turn around at once."""
+    assert steered((900, 900, 900), 10**6) == pytest.approx(10.0)
+    assert steered((0, 0, 0), 10**6) == pytest.approx(0.01)
+    assert steered((None, None, None), multiplier=1e-6) == pytest.approx(0.01)  # lambda_init: where it begins
+    assert steered((0, 0, 0), multiplier=10.0) == pytest.approx(10.0 * np.exp(-0.015))
+
+
+@pytest.mark.parametrize("violation", [-3.0, 0.0, 2.0])
+def test_the_cost_is_weighed_by_lambda(violation):
+    """Psi = lambda Delta, of that slope whatever Delta's sign, and neither number moves within the updates."""
+    psi = lambda x: augmented_lagrangian(BUDGET, x, jnp.float32(0.2), jnp.float32(0.5))
+    assert [float(x) for x in psi(violation)] == pytest.approx([0.2 * violation, 0.2, 0.5])
+    assert jax.grad(lambda x: psi(x)[0])(violation) == pytest.approx(0.2)
+
+
+def test_updates_use_the_steered_multiplier():
+    """The latest episodes of `dataset` cost more than 0.7: the multiplier rises before the updates, not in them."""
+    buffer, agent = dataset(), new_agent()
+    expected = steer(BUDGET, agent.multiplier, buffer, UPDATES)
+    after, metrics = update_many(BUDGET, copy(agent), buffer, UPDATES)
+    assert float(after.multiplier) == float(expected) > float(agent.multiplier)
+    assert float(metrics["lagrangian/lambda"]) == pytest.approx(float(expected), rel=1e-6)
+    assert metrics["charts/cost_budget"] == np.float32(0.7)
+
+
+def test_a_run_prints_its_budget():
+    episodes = [{"return": 1.0, "cost": cost, "balance": 0.5} for cost in (3.0, 5.0)]
+    assert "cost 4.0 ± 1.0 [3.0, 5.0] (budget 4) over 2 episodes" in summary(RING, episodes, 10, 0.1, 1.0)
+    assert "cost 4.0 ± 1.0 [3.0, 5.0] over 2 episodes" in summary(small_args(), episodes, 10, 0.1, 1.0)
