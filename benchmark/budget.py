@@ -45,7 +45,7 @@ def read_runs(folder):
     found = []
     for path in sorted(folder.glob("*_args.json")):
         args, stem = json.loads(path.read_text())["args"], path.name.removesuffix("_args.json")
-        if args["cost_budget"] is None:
+        if args.get("cost_budget") is None:
             continue
         episodes, last = rows(folder / f"{stem}_episodes.csv"), rows(folder / f"{stem}_numbers.csv")[-1]
         split, step = episodes[-1]["split"], episodes[-1]["step"]
@@ -59,19 +59,19 @@ def read_runs(folder):
 
 
 def write_table(path, runs):
-    lines = ["| task | budget | seed | cost of the last 100 training episodes | cost | return | episodes | λ at the end |",
+    lines = ["| task | budget | seed | cost of the last 100 training episodes | cost | return | episodes | last λ |",
              "|---|---|---|---|---|---|---|---|"]
     for run in runs:
         cost, reward = (f"{np.mean(run[name]):.1f} [{low:.1f}, {high:.1f}]" for name in ("cost", "return")
                         for low, high in [interval(run[name])])
-        lines.append(f"| {run['task']} | {run['budget']:g} | {run['seed']} | {run['training']:.1f} | {cost} | {reward} | "
-                     f"{len(run['cost'])} | {run['lambda']:.2g} |")
+        lines.append(f"| {run['task']} | {run['budget']:g} | {run['seed']} | {run['training']:.1f} | {cost} | {reward} "
+                     f"| {len(run['cost'])} | {run['lambda']:.2g} |")
     path.write_text("\n".join(lines) + "\n")
 
 
 def draw(path, runs):
     """A column per task: return above, cost below, each run at its budget; on the line got is what was asked for."""
-    by_task = defaultdict(list)
+    by_task, budgets = defaultdict(list), sorted({run["budget"] for run in runs})
     for run in runs:
         by_task[run["task"]].append(run)
     figure, axes = plt.subplots(2, len(by_task), figsize=(0.8 + 2.6 * len(by_task), 5.2), sharex=True, squeeze=False)
@@ -85,7 +85,7 @@ def draw(path, runs):
                    label="last 100 training episodes")
         below.plot([1.5, 40], [1.5, 40], "-", color="0.6", lw=1, label="as asked")
         below.set(xscale="log", yscale="log", xlabel="--cost-budget", ylim=(0.5, 80))
-        below.set_xticks(sorted({run["budget"] for run in runs}), [f"{x:g}" for x in sorted({r["budget"] for r in runs})])
+        below.set_xticks(budgets, [f"{x:g}" for x in budgets])
         below.set_yticks([1, 2, 5, 10, 25, 50], ["1", "2", "5", "10", "25", "50"])
         below.minorticks_off()
         above.set_title(task, fontsize=10)

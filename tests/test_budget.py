@@ -1,10 +1,13 @@
 """--cost-budget: costs of whole episodes in the ring, the controller that follows them, what an update does with it."""
+import csv
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmark import budget
 from conftest import small_args
 from test_update import ARGS, UPDATES, copy, dataset, new_agent
 
@@ -91,3 +94,35 @@ def test_a_run_prints_its_budget():
     episodes = [{"return": 1.0, "cost": cost, "balance": 0.5} for cost in (3.0, 5.0)]
     assert "cost 4.0 ± 1.0 [3.0, 5.0] (budget 4) over 2 episodes" in summary(RING, episodes, 10, 0.1, 1.0)
     assert "cost 4.0 ± 1.0 [3.0, 5.0] over 2 episodes" in summary(small_args(), episodes, 10, 0.1, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# benchmark/budget.py
+# ----------------------------------------------------------------------------------------------------------------------
+def kept(folder, task, asked, seed, episodes):
+    """What benchmark/keep.py keeps of a run: evaluation episodes (split, step, return, cost), two rows of numbers."""
+    name = f"Safety{task}-v0__budget__{seed}_{asked}"
+    args = {"env_id": f"Safety{task}-v0", "seed": seed, "cost_budget": asked}
+    (folder / f"{name}_args.json").write_text(json.dumps({"args": args}))
+    numbers = [("step", "lagrangian/lambda", "train/cost"), (50, 0.01, 60), (100, 0.125, 4.5)]
+    for what, rows in {"episodes": [("split", "step", "return", "cost"), *episodes], "numbers": numbers}.items():
+        with open(folder / f"{name}_{what}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def test_table_and_picture_of_budgets(tmp_path):
+    """By task, budget and seed; the episodes of --evaluate if it was run, else the last evaluation's; no other runs."""
+    kept(tmp_path, "PointGoal1", 25.0, 1, [("eval", 50, 9, 9), ("eval", 100, 9, 9), ("final", 100, 3, 20),
+                                           ("final", 100, 3, 20)])
+    kept(tmp_path, "PointGoal1", 5.0, 2, [("eval", 50, 9, 9), ("eval", 100, 7, 4)])
+    kept(tmp_path, "CarGoal1", None, 1, [("eval", 100, 7, 4)])
+    budget.main(budget.Options(tmp_path, tmp_path / "picture.png", tmp_path / "table.md"))
+    assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
+        "| PointGoal1 | 5 | 2 | 4.5 | 4.0 [4.0, 4.0] | 7.0 [7.0, 7.0] | 1 | 0.12 |",
+        "| PointGoal1 | 25 | 1 | 4.5 | 20.0 [20.0, 20.0] | 3.0 [3.0, 3.0] | 2 | 0.12 |"]
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_no_runs_with_a_budget(tmp_path):
+    with pytest.raises(SystemExit, match="no run with a --cost-budget"):
+        budget.main(budget.Options(tmp_path))
