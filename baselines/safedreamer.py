@@ -739,12 +739,14 @@ def policy_loss(policy, args, agent, model, start, alive, key):
     """Latent (N, ...) and whether the episode goes on there (N,) -> loss, (Imagined, weights (H, N), next lambda, mu
     and scale, metrics).
 
-    mean of w_t (-(R_t - V_t) / max(1, S) - 3e-4 entropy), by backpropagation through the model; w_t discounts and
+    mean of w_t (-(R_t - V_t) / max(1, S) - 3e-4 entropy), by backpropagation through the model, but not through what
+    the actor sees: an action is credited with its own consequences, not with the actions that follow. w_t discounts and
     counts the probability that the episode got there; S averages the 5 to 95% range of R. For bsrp_lag plus
     Psi(g), g = the mean of the sums of a rollout's cost returns - cost_limit."""
     def step(latent, key):
         key_action, key_next = jax.random.split(key)
-        following = imagine(args, model, latent, sample_action(args, policy, features(latent), key_action), key_next)
+        action = sample_action(args, policy, jax.lax.stop_gradient(features(latent)), key_action)
+        following = imagine(args, model, latent, action, key_next)
         return following, features(following)
 
     x = jax.lax.scan(step, start, jax.random.split(key, args.horizon))[1]

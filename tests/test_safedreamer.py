@@ -346,6 +346,20 @@ def test_only_bsrp_lag_constrains_the_actor():
     assert leaves_equal(plain, other) and not leaves_equal(plain, held) and "losses/psi" not in metrics
 
 
+def test_no_gradient_through_what_the_actor_sees(monkeypatch):
+    """Stopping it where the actor reads its features changes nothing; stopping the model's own state does."""
+    agent = random_agent()._replace(multiplier=jnp.float32(0.2), penalty=jnp.float32(0.01))
+    grads, _ = actor_loss(ARGS, agent)
+    stop, act, imagine = jax.lax.stop_gradient, sd.sample_action, sd.imagine
+    for name, stopped, same in (("sample_action", lambda args, policy, x, key: act(args, policy, stop(x), key), True),
+                                ("imagine", lambda args, model, z, *rest: imagine(args, model, stop(z), *rest), False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sd, name, stopped)
+            jax.clear_caches()
+            assert leaves_equal(actor_loss(ARGS, agent)[0], grads) == same
+    jax.clear_caches()
+
+
 def test_where_an_episode_ended_nothing_is_learned_from():
     agent, args = random_agent(), small_args(method="osrp")
     grads, (_, discounted, *_) = actor_loss(args, agent, alive=jnp.zeros(6))
