@@ -159,8 +159,9 @@ class Protocol:
     """always 0: the policy learns from its own actions alone, so there are no random ones at the start"""
     train_every: Count = 20_000
     """simulator steps of a rollout, all environments together; each rollout is learned from once"""
-    obs_transform: Literal["raw", "log"] = "raw"
-    """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
+    obs_transform: Literal["raw", "log", "bins"] = "raw"
+    """observations as the networks see them: raw; log, which spreads the near end of a lidar (see transform_obs); or
+    bins: log, and each entry's weights on eight bins too (see spread_obs)"""
     env_timeout: Positive = 60.0
     """seconds after which an environment's process that gives no answer counts as dead"""
     eval_every: Natural = 500_000
@@ -262,6 +263,26 @@ def transform_obs(obs, low, high):
     return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
 
 
+def bin_weights(position, num_bins):
+    """(...) -> (..., M): a position from 0 to M - 1 as weights on its two neighbouring bins."""
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
+
+
+OBS_BINS = 8
+OBS_LIMIT = 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
+
+
+def spread_obs(args, obs):
+    """(..., O) -> what the encoder gets: (..., O), or under --obs-transform bins (..., 9 O), where the entries are
+    followed by each one's weights on its two neighbouring bins.
+
+    What begins at a distance is linear in these; from the one number a small network learns it far more slowly."""
+    if args.obs_transform != "bins":
+        return obs
+    weights = bin_weights(jnp.clip(obs, 0.0, OBS_LIMIT) * ((OBS_BINS - 1) / OBS_LIMIT), OBS_BINS)
+    return jnp.concatenate([obs, weights.reshape(*obs.shape[:-1], -1)], -1)
+
+
 class Stats(NamedTuple):
     """Of all observations that were learned from."""
 
@@ -279,9 +300,11 @@ def add_to_stats(stats, obs):
     return Stats(count, stats.mean + share * apart, var)
 
 
-def normalise(stats, obs):
-    """(..., O) -> (..., O): (obs - mean) / std, the std at least 0.01."""
-    return (obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 0.01)
+def normalise(args, stats, obs):
+    """(..., O) -> (..., I), what the networks get: (obs - mean) / std, the std at least 0.01, within [-5, 5]. Under
+    --obs-transform bins the weights of the observation as it is follow, I = 9 O."""
+    within = jnp.clip((obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 0.01), -5.0, 5.0)
+    return jnp.concatenate([within, spread_obs(args, obs)[..., obs.shape[-1]:]], -1)
 
 
 def init_mlp(key, sizes):
@@ -304,7 +327,7 @@ def mlp(layers, x):
 def init_networks(args, key, obs_dim, action_dim):
     """The policy, the mean of a Gaussian by an MLP and one log_std (A,) for all states, and the critics V and V_c."""
     key_policy, key_value, key_cost_value = jax.random.split(key, 3)
-    sizes = obs_dim, args.hidden, args.hidden
+    sizes = spread_obs(args, jnp.zeros(obs_dim)).size, args.hidden, args.hidden
     return {
         "policy": {"mean": init_mlp(key_policy, (*sizes, action_dim)), "log_std": jnp.zeros(action_dim)},
         "value": init_mlp(key_value, (*sizes, 1)),
@@ -406,7 +429,7 @@ def act(args, agent, actor, obs, is_first, explore):
 
     What leaves [-1, 1] is clipped by the environment; the transition keeps it as it was drawn."""
     policy = agent.networks["policy"]
-    mean = mlp(policy["mean"], normalise(agent.stats, obs))
+    mean = mlp(policy["mean"], normalise(args, agent.stats, obs))
     noise = jnp.where(explore, jax.random.normal(jax.random.fold_in(actor.key, actor.step), mean.shape), 0.0)
     return mean + jnp.exp(policy["log_std"]) * noise, actor._replace(step=actor.step + 1)
 
@@ -464,7 +487,7 @@ class Batch(NamedTuple):
 
 def prepare(args, networks, stats, rows):
     """A rollout (T, E, ...), with the networks and statistics that acted -> Batch of its N transitions."""
-    obs, next_obs = normalise(stats, rows.obs), normalise(stats, rows.next_obs)
+    obs, next_obs = normalise(args, stats, rows.obs), normalise(args, stats, rows.next_obs)
     now, following, cost_now, cost_following = (
         value(networks[name], x) for name in ("value", "cost_value") for x in (obs, next_obs))
     advantage = advantages(args, args.gamma, rows.reward, rows, now, following)
@@ -732,7 +755,7 @@ def in_chunks(function, *arrays, size=1000):
 
 def critic_metrics(args, agent, episodes):
     """What V_c knew of the costs in evaluation episodes: numbers by tag (see read_and_followed)."""
-    read = lambda obs: [value(agent.networks["cost_value"], normalise(agent.stats, obs))]
+    read = lambda obs: [value(agent.networks["cost_value"], normalise(args, agent.stats, obs))]
     (values,) = in_chunks(read, np.concatenate([episode["played"].obs for episode in episodes]))
     return read_and_followed(args, episodes, values)
 

@@ -50,7 +50,8 @@ simulator steps unless called agent steps (one = `action_repeat` of them).
 
 Shares with spowl_continuous.py what surrounds the method, and
     same: whole, Whole, LARGE, Count, Natural, Positive, NotNegative, Share - numbers on the command line
-    same: transform_obs, Transition, Buffer, init_buffer, add, cut_episodes - observations and the replay ring
+    same: transform_obs, bin_weights, OBS_BINS, OBS_LIMIT, spread_obs - observations
+    same: Transition, Buffer, init_buffer, add, cut_episodes - the replay ring
     same: alive_mask, updates_due, action_size - windows that cross an episode's end; counts
     same: auc, cost_to_go, read_and_followed, in_chunks - what a cost critic knew
 """
@@ -155,8 +156,9 @@ class Protocol:
     """simulator steps between two blocks of updates; a block keeps one old policy"""
     updates_per_step: Positive = 0.2
     """updates per agent step collected"""
-    obs_transform: Literal["raw", "log"] = "raw"
-    """observations as the networks see them: raw, or log, which spreads the near end of a lidar (see transform_obs)"""
+    obs_transform: Literal["raw", "log", "bins"] = "raw"
+    """observations as the networks see them: raw; log, which spreads the near end of a lidar (see transform_obs); or
+    bins: log, and each entry's weights on eight bins too (see spread_obs)"""
     env_timeout: Positive = 60.0
     """seconds after which an environment's process that gives no answer counts as dead"""
     eval_every: Natural = 500_000
@@ -282,6 +284,26 @@ def transform_obs(obs, low, high):
     return np.where((low == 0.0) & (high == 1.0), near, np.where(np.isinf(low) & np.isinf(high), unbounded, obs))
 
 
+def bin_weights(position, num_bins):
+    """(...) -> (..., M): a position from 0 to M - 1 as weights on its two neighbouring bins."""
+    return jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(num_bins)))
+
+
+OBS_BINS = 8
+OBS_LIMIT = 4.0  # the bins span [0, 4], a lidar's range under --obs-transform log
+
+
+def spread_obs(args, obs):
+    """(..., O) -> what the encoder gets: (..., O), or under --obs-transform bins (..., 9 O), where the entries are
+    followed by each one's weights on its two neighbouring bins.
+
+    What begins at a distance is linear in these; from the one number a small network learns it far more slowly."""
+    if args.obs_transform != "bins":
+        return obs
+    weights = bin_weights(jnp.clip(obs, 0.0, OBS_LIMIT) * ((OBS_BINS - 1) / OBS_LIMIT), OBS_BINS)
+    return jnp.concatenate([obs, weights.reshape(*obs.shape[:-1], -1)], -1)
+
+
 def init_mlp(key, sizes, action_dim=0):
     """Layers for `sizes` = (input, hidden..., output): orthogonal weights, biases 0.
 
@@ -310,13 +332,13 @@ def mlp(layers, x, action=None):
 def init_critics(args, key, obs_dim, action_dim):
     """Q and Qc, one network each."""
     key_q, key_qc = jax.random.split(key)
-    sizes = obs_dim, args.hidden, args.hidden, 1
+    sizes = spread_obs(args, jnp.zeros(obs_dim)).size, args.hidden, args.hidden, 1
     return {"q": init_mlp(key_q, sizes, action_dim), "qc": init_mlp(key_qc, sizes, action_dim)}
 
 
 def init_policy(args, key, obs_dim, action_dim):
     """O -> 2A: mean and log standard deviation of a Gaussian."""
-    return init_mlp(key, (obs_dim, args.hidden, args.hidden, 2 * action_dim))
+    return init_mlp(key, (spread_obs(args, jnp.zeros(obs_dim)).size, args.hidden, args.hidden, 2 * action_dim))
 
 
 def q_value(layers, obs, action):
@@ -410,7 +432,7 @@ def act(args, agent, actor, obs, is_first, explore):
 
     `is_first` has no meaning here; without `explore` the action is the policy's mean. It is clipped here, so that the
     ring holds what was executed."""
-    mean, std = gaussian(args, agent.policy, obs)
+    mean, std = gaussian(args, agent.policy, spread_obs(args, obs))
     noise = jax.random.normal(jax.random.fold_in(actor.key, actor.step), mean.shape)
     action = jnp.clip(mean + jnp.where(explore, std * noise, 0.0), -1.0, 1.0)
     return action, actor._replace(step=actor.step + 1)
@@ -564,6 +586,7 @@ def update(args, agent, batch, key):
     """One gradient step of the critics, of eta and lambda, of alpha and of the policy, then of the target critics ->
     agent, metrics. `batch` is a Transition of windows, (n, B, ...)."""
     key_target, key_actions = jax.random.split(key)
+    batch = batch._replace(obs=spread_obs(args, batch.obs), next_obs=spread_obs(args, batch.next_obs))
     agent, obs = begin_block(args, agent), batch.obs[0]
     targets = n_step_targets(args, agent.policy, agent.target, batch, key_target)
     critic_grads, metrics = jax.grad(critics_loss, has_aux=True)(agent.critics, obs, batch.action[0], *targets)
@@ -666,7 +689,8 @@ def critic_metrics(args, agent, episodes):
 
     critic/cost_auc: of Qc(s, a) for "this agent step costs"; then `read_and_followed` of it."""
     rows = jax.tree.map(lambda *each: np.concatenate(each), *(episode["played"] for episode in episodes))
-    (qc,) = in_chunks(lambda *rows: [q_value(agent.critics["qc"], *rows)], rows.obs, rows.action)
+    read = lambda obs, action: [q_value(agent.critics["qc"], spread_obs(args, obs), action)]
+    (qc,) = in_chunks(read, rows.obs, rows.action)
     area = auc(qc, rows.cost > 0)
     return ({} if math.isnan(area) else {"critic/cost_auc": area}) | read_and_followed(args, episodes, qc)
 

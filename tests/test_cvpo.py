@@ -547,6 +547,25 @@ def one_update():
     return agent, batch, *jax.jit(cvpo.update, static_argnums=0)(ARGS, agent, batch, jax.random.key(3))
 
 
+def test_bins_are_wider_observations():
+    """--obs-transform bins acts, learns and judges as raw does on observations that hold the weights already."""
+    bins = small_args(obs_transform="bins")
+    batch = random_columns(np.random.default_rng(5), 3, B)
+    wide = batch._replace(obs=cvpo.spread_obs(bins, batch.obs), next_obs=cvpo.spread_obs(bins, batch.next_obs))
+    assert wide.obs.shape[-1] == 9 * OBS
+    agents = [init_agent(args, jax.random.key(0), dim, ACTIONS) for args, dim in ((bins, OBS), (ARGS, 9 * OBS))]
+    assert leaves_equal(*agents)
+    update, told = jax.jit(cvpo.update, static_argnums=0), []
+    for args, agent, seen in zip((bins, ARGS), agents, (batch, wide)):
+        actor = init_actor(args, jax.random.key(1), ACTIONS)
+        action, _ = act(args, agent, actor, seen.obs[0, :2], np.zeros(2, bool), True)
+        after, metrics = update(args, agent, seen, jax.random.key(3))
+        told.append((action, after.critics, after.policy, metrics, cvpo.critic_metrics(
+            args, agent, [{"played": jax.tree.map(lambda x: np.asarray(x[:, 0]), seen)}])))
+    for left, right in zip(*map(jax.tree.leaves, told)):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6)
+
+
 def test_one_update_against_numpy(one_update):
     """Targets from the target critics and the online policy; the E-step on the old policy's actions, read by the
     critics just updated; the M-step on those, unclipped, with the weights of the new (eta, lambda)."""

@@ -75,7 +75,8 @@ def np_mlp(layers, x):
 
 
 def np_normalise(stats, obs):
-    return (np.asarray(obs, np.float64) - np.asarray(stats.mean)) / np.maximum(np.sqrt(np.asarray(stats.var)), 0.01)
+    scaled = (np.asarray(obs, np.float64) - np.asarray(stats.mean)) / np.maximum(np.sqrt(np.asarray(stats.var)), 0.01)
+    return np.clip(scaled, -5.0, 5.0)
 
 
 def buffer_of(module, args, rows, head=0):
@@ -103,12 +104,27 @@ def test_statistics_are_those_of_all_observations_so_far():
         np.testing.assert_allclose(stats.var, seen.var(0), rtol=1e-5)
 
 
-def test_observations_are_normalised_with_a_floor():
-    """A fresh agent sees them as they are; later (obs - mean) / std, where a std below 0.01 counts as 0.01."""
+def test_observations_are_normalised_within_bounds():
+    """A fresh agent sees them as they are; later (obs - mean) / std, where a std below 0.01 counts as 0.01, and what
+    lies beyond five of them at five."""
     fresh = ppo.init_agent(ARGS, jax.random.key(0), 3, 1).stats
-    np.testing.assert_array_equal(ppo.normalise(fresh, np.array([5.0, -2.0, 0.0])), [5.0, -2.0, 0.0])
+    np.testing.assert_array_equal(ppo.normalise(ARGS, fresh, np.array([5.0, -2.0, 0.0])), [5.0, -2.0, 0.0])
     stats = ppo.Stats(jnp.float32(9.0), jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 0.0, 1e-6]))
-    np.testing.assert_allclose(ppo.normalise(stats, jnp.array([5.0, 2.5, 3.001])), [2.0, 50.0, 0.1], rtol=1e-3)
+    for obs, seen in (([5.0, 2.04, 3.001], [2.0, 4.0, 0.1]), ([-11.0, 2.06, 2.9], [-5.0, 5.0, -5.0])):
+        np.testing.assert_allclose(ppo.normalise(ARGS, stats, jnp.array(obs)), seen, rtol=1e-3)
+
+
+def test_weights_on_bins_follow_the_normalised_observation():
+    """Of the observation as it is: 0, 4 and 2 lie on bin 0, on bin 7, and half way from bin 3 to bin 4."""
+    args, stats = small_args(obs_transform="bins"), ppo.Stats(jnp.float32(9.0), jnp.full(3, 1.0), jnp.full(3, 4.0))
+    weights = np.zeros((3, 8))
+    weights[0, 0] = weights[1, 7] = 1.0
+    weights[2, 3] = weights[2, 4] = 0.5
+    seen = np.concatenate([[-0.5, 1.5, 0.5], weights.ravel()])
+    np.testing.assert_allclose(ppo.normalise(args, stats, jnp.array([0.0, 4.0, 2.0])), seen, atol=1e-6)
+    networks = ppo.init_networks(args, jax.random.key(0), 3, 1)
+    assert all(network[0]["w"].shape[0] == seen.size for network in (
+        networks["policy"]["mean"], networks["value"], networks["cost_value"]))
 
 
 def test_networks_at_the_start():
@@ -597,7 +613,7 @@ def practise(module, args, updates, price=5.0, seed=0):
             state = following
         agent, metrics = module.update_many(args, agent, buffer, 1)
         both = np.array([[-1.0], [1.0]], np.float32)
-        means = module.mlp(agent.networks["policy"]["mean"], module.normalise(agent.stats, both))
+        means = module.mlp(agent.networks["policy"]["mean"], module.normalise(args, agent.stats, both))
         found.append((np.asarray(means) * both)[:, 0])
     return np.array(found[-10:]), agent, metrics
 
