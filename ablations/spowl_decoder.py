@@ -898,13 +898,13 @@ def episode_costs(buffer):
 def steer(args, multiplier, buffer, num_updates):
     """The multiplier that the next updates are to use under a cost budget: integral control of its logarithm.
 
-    log lambda grows by 1.5e-5 e per simulator step, within [0.01, 10], with e = mean cost of the environments' latest
-    episodes / budget - 1, at most 2: so it cannot wind up. As costs fall about exponentially in lambda, relative steps
-    suit budgets and tasks of any size. PID-Lagrangian (arXiv 2007.03964) sums absolute errors and adds a proportional
-    and a derivative part; a proportional part made the costs of so few episodes swing."""
-    error = jnp.minimum(jnp.nan_to_num(jnp.nanmean(episode_costs(buffer)) / args.cost_budget - 1.0), 2.0)
+    log lambda grows by 1.5e-5 e per simulator step, within [0.001, 10], with e = mean cost of the environments' latest
+    episodes / budget - 1, at most 1: it rises no faster than it falls, and cannot wind up. As costs fall about
+    exponentially in lambda, relative steps suit budgets and tasks of any size. PID-Lagrangian (arXiv 2007.03964) sums
+    absolute errors and adds two more parts; a proportional one made the costs of so few episodes swing."""
+    error = jnp.minimum(jnp.nan_to_num(jnp.nanmean(episode_costs(buffer)) / args.cost_budget - 1.0), 1.0)
     steps = num_updates * args.action_repeat / args.updates_per_step
-    return jnp.clip(multiplier * jnp.exp(1.5e-5 * steps * error), 0.01, 10.0)
+    return jnp.clip(multiplier * jnp.exp(1.5e-5 * steps * error), 0.001, 10.0)
 
 
 def update_scale(scale, q):
@@ -967,7 +967,7 @@ def init_agent(args, key, obs_dim, action_dim):
     model, policy = init_model(args, key_model, obs_dim, action_dim), init_policy(args, key_policy, action_dim)
     target = jax.tree.map(jnp.copy, {"q": model["q"], "qc": model["qc"]})  # copies: both are donated to the update
     return AgentState(model, policy, target, model_optimizer(args).init(model), policy_optimizer(args).init(policy),
-                      multiplier=jnp.float32(args.lambda_init),
+                      multiplier=jnp.float32(args.lambda_init if args.cost_budget is None else 0.02),
                       penalty=jnp.float32(min(args.mu_init * pace(args), args.mu_max)), scale=jnp.float32(1.0),
                       key=key_updates, num_updates=jnp.int32(0))
 

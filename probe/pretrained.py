@@ -1,10 +1,12 @@
-"""Keep what --evaluate needs of a run, and nothing else: its flags and its networks, in a few megabytes.
+"""Keep what --evaluate needs of a run, and nothing else: its flags and its networks, in 1.2 megabytes.
 
     python probe/pretrained.py runs/RUN benchmark/pretrained/NAME
 
-The optimisers' state is set to zero and the replay buffer left out, so such a directory cannot be resumed."""
+Weights are rounded to half precision, as which they are loaded into single. The optimisers' state and the target heads
+are set to zero and the replay buffer left out, so such a directory cannot be resumed."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,11 @@ def main(options):
         kept = {name: file[name] for name in file.files if name == "counters" or name.startswith("['agent']")}
     counters = json.loads(str(kept["counters"]))
     counters = {name: counters[name] for name in ("step", "simulated", "cost")}
-    kept = {name: np.zeros_like(value) if "_opt" in name else value for name, value in kept.items()}
+    for name, value in kept.items():
+        if re.search("_opt|target", name):
+            kept[name] = np.zeros_like(value)
+        elif value.ndim and value.dtype == np.float32:
+            kept[name] = value.astype(np.float16)
     options.to.mkdir(parents=True)
     (options.to / "args.json").write_text(json.dumps(info, indent=2) + "\n")
     np.savez_compressed(options.to / found[-1].name, **kept | {"counters": np.array(json.dumps(counters))})

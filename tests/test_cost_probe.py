@@ -179,7 +179,11 @@ def test_pretrained_keeps_what_evaluation_needs(run, tmp_path):
         "runs_dir": str(run[0].parent)}
     trees, counters = spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1]})
     agent = trees["agent"]
-    assert leaves_equal((agent.model, agent.policy, agent.target), (run[1].model, run[1].policy, run[1].target))
+    networks = run[1].model, run[1].policy
+    halved = jax.tree.map(lambda x: np.float32(np.float16(x)), networks)
+    assert leaves_equal((agent.model, agent.policy), halved) and not any(map(np.any, jax.tree.leaves(agent.target)))
+    assert max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (halved, networks)))) < 1e-3
+    assert leaves_equal(agent[5:], run[1][5:])  # the numbers, as they were
     assert (counters["step"], counters["cost"]) == (1200, 10.0)
     with pytest.raises(SystemExit, match="not a checkpoint"):
         spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1], "buffer": spowl.init_buffer(ARGS, 3, 2)})
@@ -198,4 +202,4 @@ def test_what_is_committed_can_be_evaluated(path):
     template = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.zeros(x.shape, x.dtype),
                             template)
     spowl.load_checkpoint(path.parent, {"agent": template})
-    assert sum(file.stat().st_size for file in path.parent.iterdir()) < 8e6
+    assert sum(file.stat().st_size for file in path.parent.iterdir()) < (4e6 if "laptop" in path.parent.name else 1.5e6)
