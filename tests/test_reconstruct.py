@@ -55,6 +55,7 @@ def test_what_is_drawn():
     assert (sheet[:, 2 * 68 - 1:2 * 68 + 1] == (200, 0, 0)).all()
 
 
+@pytest.mark.long
 def test_decoding_goes_on_without_pictures():
     """What is decoded up to `seen` depends on its pictures; what follows on no picture after them."""
     model = sd.init_model(ARGS, jax.random.key(0), PICTURE, 2)

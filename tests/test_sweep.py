@@ -356,6 +356,7 @@ def test_failures_are_resumed_and_given_up_without_progress(tmp_path, start):
     assert list((tmp_path / "runs").glob("task__never__1__*")) == []
 
 
+@pytest.mark.long  # the test above gives up after one
 def test_given_up_after_three_attempts_in_vain(tmp_path, start):
     """So many unless --attempts says otherwise. What keeps a process from being started is named."""
     grid = stand_in_grid(tmp_path, {"never": "fail-always: true", "barred": ""}, flags="{pause: 0.01}")

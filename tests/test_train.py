@@ -934,8 +934,8 @@ DEFAULTS = dict(
     cost_target_agg="mean", cost_read_out="symlog", obs_transform="raw", updates_per_step=1.0,
     learning_rate=3e-4, enc_lr_scale=0.3, grad_clip=20.0, log_std_min=-10.0, log_std_max=2.0,
     # METHOD §4
-    entropy_coef=1e-4, cost_limit=0.1, lagrangian_heads=5, lagrangian_agg="mean", lambda_init=1e-6, lambda_max=10.0,
-    mu_init=5e-9, mu_growth=5e-6, mu_max=1.0,
+    entropy_coef=1e-4, cost_budget=None, cost_limit=0.1, lagrangian_heads=5, lagrangian_agg="mean", lambda_init=1e-6,
+    lambda_max=10.0, mu_init=5e-9, mu_growth=5e-6, mu_max=1.0,
     # METHOD §5-6, §9
     plan_horizon=None, num_samples=512, num_pi_trajs=24, num_elites=64, iterations=6, temperature=0.5, min_std=0.05,
     max_std=2.0, plan_cost_agg="max", switch_rule="bootstrap", bootstrap_samples=1000)

@@ -248,6 +248,7 @@ def test_decoder_starts_from_the_full_agents_weights():
     assert theirs.model["decoder"][-1]["w"].shape == (LOSS_ARGS.enc_dim, OBS)
 
 
+@pytest.mark.long  # the loss and the first weights are compared above
 def test_decoder_without_weight_learns_what_the_full_agent_learns():
     """One update at coefficient 0: the other networks, the policy and the targets are the same to the last bit."""
     batch, learned = make_batch()[0], []
