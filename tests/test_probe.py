@@ -166,9 +166,9 @@ def test_without_a_multiplier_the_unsafe_best_is_found():
 
 
 def test_a_budget_is_met_and_used():
-    """--cost-budget: where 2 of an episode's 5 steps may cost, 0.26 to 0.31 of them do (seeds 3 to 5; seed 6 saturates at
-    |a| = 1 first and takes longer to come back), for more reward than the safe 0.5 (0.64 to 0.70; 0.82 is the best,
-    with cost wherever |s| > 0.6)."""
+    """--cost-budget: where 2 of an episode's 5 steps may cost, 0.26 to 0.31 of them do (seeds 3 to 5; seed 6 saturates
+    at |a| = 1 first and takes longer to come back), for more reward than the safe 0.5 (0.64 to 0.70; 0.82 is the
+    best, with cost wherever |s| > 0.6)."""
     args = dataclasses.replace(ARGS, cost_budget=2.0, updates_per_step=0.05)  # a block counts as 5,000 simulator steps
     agent = init_agent(args, jax.random.key(3), 1, 1)._replace(multiplier=jnp.float32(0.2))
     paid = judge(learn(3, agent, 30, args))
