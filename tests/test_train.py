@@ -35,7 +35,7 @@ TINY = ("--num-envs 2 --learning-starts 500 --train-every 500 --enc-dim 16 --mlp
         "--num-q 2 --num-qc 2 --num-c 2 --lagrangian-heads 2").split()
 POINT = TINY + "--total-timesteps 2500 --action-repeat 25 --buffer-size 120 --eval-every 1000 --eval-episodes 2".split()
 SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d \[-?\d+\.\d, -?\d+\.\d\], "
-                     r"cost (\d+\.\d) ± \d+\.\d \[\d+\.\d, \d+\.\d\] over (\d+) episodes, "
+                     r"cost (\d+\.\d) ± \d+\.\d \[\d+\.\d, \d+\.\d\](?: \(budget 5\))? over (\d+) episodes, "
                      r"cost rate (0\.\d{4}), balance \d+%, wall time \d+:\d\d:\d\d")
 TAGS = """charts/episodic_return charts/episodic_cost charts/episodic_length charts/cost_rate charts/SPS charts/balance
 eval/episodic_return eval/episodic_cost eval/balance losses/consistency losses/reward losses/cost losses/value

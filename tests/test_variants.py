@@ -296,7 +296,8 @@ def runs(place):
 
     def get(name):
         if name not in made:
-            made[name] = train(place, *POINT, *OWN.get(name, []), script=SCRIPTS[name], **QUICK)
+            flags = *POINT, "--cost-budget", 5, *OWN.get(name, [])
+            made[name] = train(place, *flags, script=SCRIPTS[name], **QUICK)
         return made[name]
 
     return get
@@ -304,12 +305,16 @@ def runs(place):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_small_run(runs, name):
-    """The same files, tags, summary lines and checkpoint as the full agent's, under the script's own name."""
+    """The same files, tags, summary lines and checkpoint as the full agent's, under the script's own name. With a cost
+    budget, which takes the multiplier away from --lambda-init."""
     made = runs(name)
     assert re.fullmatch(rf"SafetyPointGoal1-v0__{name}__1__\d+", made.dir.name)
     lines = [line for line in made.stdout.splitlines() if SUMMARY.fullmatch(line)]
     assert [line.split(":")[0] for line in lines] == ["step 1,000", "step 2,000", "step 2,500"]
+    assert all("(budget 5)" in line for line in lines)
     logged = scalars(made.dir)
+    assert all(0.015 < value < 0.025 for _, value in logged["lagrangian/lambda"])
+    assert {value for _, value in logged["charts/cost_budget"]} == {5.0}
     tags = set(TAGS) - ABSENT.get(name, set()) | EXTRA.get(name, set())
     assert tags <= logged.keys() and not logged.keys() & ABSENT.get(name, set())
     assert all(np.isfinite(value) for values in logged.values() for _, value in values)
