@@ -229,7 +229,7 @@ class SafePolicy:
     """lower bound of the policy's log standard deviation"""
     log_std_max: float = 2.0
     """upper bound of the policy's log standard deviation"""
-    cost_budget: Positive | None = None
+    cost_budget: Annotated[float | None, (1 / LARGE, LARGE)] = None
     """the cost_limit of OmniSafe and SafePO: what an episode may cost. The multiplier then follows what training
     episodes do cost, instead of Eq. 8-10"""
     cost_limit: float = 0.1
@@ -320,6 +320,8 @@ def rules(args):
          f"--learning-starts must be at least --num-envs x --action-repeat x --horizon = {block * args.horizon}"),
         (math.isclose(updates, round(updates)), "--updates-per-step must make a whole number of updates of "
          f"{args.train_every} / {args.action_repeat} agent steps"),
+        (args.total_timesteps >= args.learning_starts,
+         f"--total-timesteps must be at least --learning-starts = {args.learning_starts}: before, nothing is learned"),
         (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
         (args.buffer_size // args.num_envs > args.horizon,
          "--buffer-size must hold more than --horizon transitions per environment"),
@@ -1131,7 +1133,7 @@ def play(args, env, stream, index, episode):
     observation to act on (O,), its episode's number and, from the second time on, the agent step just taken as a
     Transition without leading axes, and its simulator steps. An episode that cannot begin counts as used."""
     (low, high), bounds = ((space.low, space.high) for space in (env.action_space, env.observation_space))
-    see = lambda obs: np.asarray(obs if args.obs_transform == "raw" else transform_obs(obs, *bounds), np.float32)
+    see = lambda obs: np.array(obs if args.obs_transform == "raw" else transform_obs(obs, *bounds), np.float32)
     row, steps, failed = None, 0, 0
     while True:
         try:
@@ -1156,7 +1158,7 @@ def play(args, env, stream, index, episode):
 
 def env_worker(pipe, args, stream, indices, drawn):
     """Body of a process that answers for the environments `indices` as `start_envs` says; what goes wrong, as text."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # the parent decides when to stop
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the parent decides when to stop
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever it is doing, it dies with its parent
     sys.unraisablehook = lambda _: None  # a viewer without a screen would print a traceback when it is deleted
     try:
@@ -1257,6 +1259,15 @@ class Run(NamedTuple):
 
 
 COLUMNS = ("split", "step", "environment", "return", "cost", "length")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def check_finite(when, obs, action, row):
+    """SystemExit with a line where an action, an observation, a reward or a cost of some environment is not finite."""
+    for name, values in {"action": action, "observation": np.concatenate([obs, row.next_obs], -1),
+                         "reward": row.reward, "cost": row.cost}.items():
+        if len(bad := np.flatnonzero(~np.isfinite(values).reshape(len(obs), -1).all(1))):
+            raise SystemExit(f"{name} of environment {bad[0]} not finite {when}; the last checkpoint stays")
 
 
 def evaluate(args, agent, ask, stopping=()):
@@ -1274,7 +1285,8 @@ def evaluate(args, agent, ask, stopping=()):
                 raise ChildProcessError(f"an episode of {args.env_id} does not end: register it with max_episode_steps")
             padded[:num_envs] = obs  # so that `act` is compiled only once
             action, actor = act(args, agent, actor, padded, np.full(args.num_envs, not rows), False)
-            obs, _, row, steps = ask("step", np.asarray(action)[:num_envs])
+            obs, _, row, steps = ask("step", action := np.asarray(action)[:num_envs])
+            check_finite("in evaluation", obs, action, row)
             rows, so_far = rows + [row], so_far + np.stack([row.reward, row.cost, steps], 1)
             for index in set(np.flatnonzero(row.done[:count]).tolist()) - ends.keys():
                 played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
@@ -1453,10 +1465,7 @@ def collect(args, ask, run):
         action = np.asarray(action)
     acting = time.time() - began
     obs, episodes, row, steps = ask("step", action)
-    for name, values in {"action": action, "observation": np.concatenate([obs, row.next_obs], -1),
-                         "reward": row.reward, "cost": row.cost}.items():
-        if len(bad := np.flatnonzero(~np.isfinite(values).reshape(args.num_envs, -1).all(1))):
-            raise SystemExit(f"{name} of environment {bad[0]} not finite at step {step:,}; the last checkpoint stays")
+    check_finite(f"at step {step:,}", obs, action, row)
     so_far, rows = run.so_far + np.stack([row.reward, row.cost, steps], 1), run.rows
     for index in np.flatnonzero(row.done).tolist():
         rows = rows + [["train", step, index, *so_far[index, :2].tolist(), int(so_far[index, 2])]]
@@ -1633,10 +1642,12 @@ def lossy(stream):
 
 
 def main(argv=None):
-    """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, once the run is in a checkpoint."""
-    def heed(number, frame):  # a second Ctrl-C ends the process at once
+    """The command line. Exit status 130 after Ctrl-C, 143 after SIGTERM, 129 after a closed terminal's SIGHUP, once the
+    run is in a checkpoint."""
+    def heed(number, frame):
         stopping.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:  # a second one ends the process at once
+            signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # not print: that may be what was interrupted
             os.write(2, b"\nstopping after this step; Ctrl-C once more stops without saving\n")
 
@@ -1646,8 +1657,9 @@ def main(argv=None):
     if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
     with contextlib.suppress(ValueError):  # in another thread than the main one, which no signal reaches
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL if args.evaluate else heed)
+        for number in STOPS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(number, signal.SIG_DFL if args.evaluate else heed)
     try:
         done = evaluate_run(args) if args.evaluate else train(args, stopping)
     except (OSError, ImportError, RuntimeError, AssertionError) as error:

@@ -335,12 +335,16 @@ def main(options):
         options = dataclasses.replace(options, **names)
     if options.runs:
         rows = [row for run_dir in options.runs for row in evaluations(run_dir, grid)]
-        if not grid and not rows:
-            raise SystemExit("these run directories have no evaluation yet")
-        if options.add and options.csv.exists():
-            named = lambda row: (row["exp_name"], row["env_id"], row["seed"])
-            again = set(map(named, rows))
-            rows = [row for row in read_rows(options.csv) if named(row) not in again] + rows
+        if not rows:
+            raise SystemExit("these run directories have no evaluation yet" + ", or are not of the grid" * bool(grid))
+        named = lambda row: (row["exp_name"], row["env_id"], row["seed"])
+        again = set(map(named, rows))
+        others = [row for row in read_rows(options.csv) if named(row) not in again] if options.csv.exists() else []
+        if others and not options.add:
+            name, task, seed = named(others[0])
+            raise SystemExit(f"{options.csv} has runs that are not given, such as {name} on {task} with seed {seed}: "
+                             "give them too, keep their rows with --add, or remove it")
+        rows = others + rows
         if grid:
             order = {name: number for number, name in enumerate(grid.settings)}  # --add keeps names of other grids too
             rows.sort(key=lambda row: (row["env_id"], order.get(row["exp_name"], len(order)), row["seed"], row["step"]))

@@ -82,6 +82,16 @@ class Scripted:
         return np.full((4, 4, 3), self.steps, np.uint8)
 
 
+class Reusing(Scripted):
+    """Every observation is the same array, which the next step overwrites."""
+
+    array = np.zeros(3, np.float32)
+
+    def observe(self):
+        self.array[:] = super().observe()
+        return self.array
+
+
 class Hanging(Scripted):
     """Gives no answer when it should fail, until its process is killed."""
 
@@ -849,7 +859,7 @@ def test_a_process_dies_with_its_parent_whatever_it_does():
         assert len(set(pids)) == 2 and all(map(runs, pids))
         for pid in pids:
             ignored = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
-            assert all(ignored >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
+            assert all(ignored >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         parent.kill()
         parent.wait()
         deadline = time.monotonic() + 10.0
@@ -967,3 +977,12 @@ def test_the_tasks_of_the_paper_are_known():
     tasks = ("PointGoal1", "PointGoal2", "PointPush1", "PointButton1", "CarGoal1", "DoggoGoal1", "AntGoal1")
     assert {f"Safety{task}-v0" for task in tasks} <= set(
         spowl.import_safety_gymnasium().utils.registration.safe_registry)
+
+
+def test_an_environment_may_reuse_its_observation():
+    """The last observation of an episode is not overwritten by the next one's first."""
+    playing = spowl.play(small_args(num_envs=1, action_repeat=1), Reusing(2), 0, 0, 0)
+    next(playing)
+    for before, after, first in ((0, 1, 1), (1, 2, 0), (0, 1, 1)):
+        obs, _, row, _ = playing.send(np.zeros(1, np.float32))
+        assert (row.obs[2], row.next_obs[2], obs[2]) == (before, after, first)

@@ -70,21 +70,31 @@ def scripted_main(scripted_train, monkeypatch):
     return run
 
 
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 @pytest.mark.parametrize("signals, status, step", [
     ([("collect", 20, TERM)], 143, 30), ([("collect", 70, INT)], 130, 80),
     ([("collect", 70, TERM), ("collect", 70, TERM)], 143, 80), ([("save_checkpoint", 50, TERM)], 143, 50),
-    ([("collect", 70, TERM), ("save_checkpoint", 80, TERM)], 143, 80), ([("save_checkpoint", 100, TERM)], 0, 100)])
+    ([("collect", 70, TERM), ("save_checkpoint", 80, TERM)], 143, 80), ([("save_checkpoint", 100, TERM)], 0, 100),
+    ([("collect", 20, HUP)], 129, 30)])
 def test_signals_end_a_run_with_a_checkpoint(scripted_main, tmp_path, capfd, signals, status, step):
-    """Before an evaluation, after it, while saving; the same one again changes nothing. A run that is done is done."""
+    """Before an evaluation, after it, while saving; the same one again changes nothing. A run that is done is done.
+    Ctrl-C ends it at once only after another Ctrl-C."""
     assert scripted_main(signals, runs_dir=str(tmp_path)) == status
     (directory,) = tmp_path.iterdir()
     stderr = capfd.readouterr().err
     assert checkpoint(directory)[0]["step"] == step and "stopping after this step; Ctrl-C once more" in stderr
     assert (f"stopped at step {step}; go on with --resume {directory}\n" in stderr) == (status != 0)
-    assert scripted_main.handlers[INT] is signal.SIG_DFL and callable(scripted_main.handlers[TERM])
+    interrupted = any(number == INT for *_, number in signals)
+    assert (scripted_main.handlers[INT] is signal.SIG_DFL) == interrupted
+    assert callable(scripted_main.handlers[TERM]) and callable(scripted_main.handlers[HUP])
+
+
+def test_a_hangup_that_is_ignored_stays_so(scripted_main, tmp_path, monkeypatch):
+    """nohup has it ignored."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    assert scripted_main(runs_dir=str(tmp_path)) == 0 and HUP not in scripted_main.handlers
 
 
 def test_a_run_whose_last_agent_step_is_cut_short_is_evaluated_and_saved(scripted_train, tmp_path):
@@ -349,6 +359,23 @@ def test_environment_numbers_are_watched(monkeypatch, field, value):
     name = {"obs": "observation", "next_obs": "observation"}.get(field, field)
     assert str(stop.value) == f"{name} of environment 1 not finite at step 615; the last checkpoint stays"
     assert not any(x.is_deleted() for x in run.buffer.rows)
+
+
+@pytest.mark.parametrize("field", ["obs", "next_obs", "reward", "cost", "action"])
+def test_numbers_of_an_evaluation_are_watched(monkeypatch, field):
+    """An encoder with NaN does not make a safe agent that returns nothing."""
+    args = small_args(num_envs=3, eval_episodes=3)
+    values = {"obs": np.zeros((3, 4)), "next_obs": np.zeros((3, 4)), "action": np.zeros((3, 2)), "reward": np.zeros(3),
+              "cost": np.zeros(3)}
+    values[field][2] = np.nan
+    row = spowl.Transition(**values | {"obs": np.zeros((3, 4))}, terminated=np.zeros(3), done=np.ones(3))
+    numbers = np.zeros(3, int)
+    answers = {"reset": (np.zeros((3, 4)), numbers), "step": (values["obs"], numbers, row, np.ones(3))}
+    monkeypatch.setattr(spowl, "action_size", lambda agent: 2)
+    monkeypatch.setattr(spowl, "act", lambda *arguments: (values["action"], arguments[2]))
+    name = "observation" if field.endswith("obs") else field
+    with pytest.raises(SystemExit, match=f"^{name} of environment 2 not finite in evaluation; "):
+        spowl.evaluate(args, None, lambda command, *_: answers[command])
 
 
 def test_losses_and_parameters_are_watched(scripted_train, tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ BAD += [(f"--{field.name.replace('_', '-')} {value}", "must be a finite number")
 BAD += [
     ("--seed -1", "at least 0 and at most 4294967295"), ("--seed 4294967296", "at least 0 and at most 4294967295"),
     ("--cost-limit 1e305", "must be a finite number"), ("--max-std 1e305", "must be a finite number"),
+    ("--total-timesteps 1000", "--total-timesteps must be at least --learning-starts = 5000"),
+    ("--cost-budget 0", "--cost-budget must be positive"), ("--cost-budget -5", "--cost-budget must be positive"),
     ("--learning-starts 100", "at least --num-envs x --action-repeat x --horizon = 150"),
     ("--train-every 80", "multiple of --num-envs x --action-repeat = 50, for example 100"),
     ("--train-every 5000 --num-envs 7", "multiple of --num-envs x --action-repeat = 35, for example 5005"),
@@ -138,7 +140,7 @@ def test_infinity_is_not_told_to_be_larger():
     assert "must be positive" not in refusal("--learning-rate inf")
 
 
-@pytest.mark.parametrize("word, expected", [("1e5", 100_000), ("2.5e3", 2500), ("5000.0", 5000), ("12345", 12345)])
+@pytest.mark.parametrize("word, expected", [("1e5", 100_000), ("7.5e3", 7500), ("5000.0", 5000), ("12345", 12345)])
 def test_whole_numbers_may_be_written_as_floats(word, expected):
     args = parse_args(["--total-timesteps", word])
     assert args.total_timesteps == expected and type(args.total_timesteps) is int

@@ -228,6 +228,20 @@ def test_runs_of_several_machines_gather_in_one_table(tmp_path):
         ("new", 1), ("full", 1), ("full", 2), ("full", 2)]
 
 
+def test_no_row_is_replaced_by_nothing(tmp_path):
+    """Runs that are in the table and not given, or a grid to which no run given belongs: refused, the table stays."""
+    first, second, table = make_run(tmp_path / "1"), make_run(tmp_path / "2", seed=2), tmp_path / "rows.csv"
+    plot.main(plot.Options(csv=table, runs=(first, second)))
+    text, grid = table.read_text(), tmp_path / "grid.yaml"
+    grid.write_text("title: t\ntasks: [task]\nscales:\n  two_cores: {seeds: [1]}\n"
+                    "settings:\n  new: {label: n, script: s}\n")
+    with pytest.raises(SystemExit, match="has runs that are not given, such as full on task with seed 1: "):
+        plot.main(plot.Options(csv=table, runs=(second,)))
+    with pytest.raises(SystemExit, match="no evaluation yet, or are not of the grid"):
+        plot.main(plot.Options(csv=table, runs=(first, second), grid=grid, picture=tmp_path / "p.png"))
+    assert table.read_text() == text and not (tmp_path / "p.png").exists()
+
+
 def test_what_is_no_run_and_no_table_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="is not a run directory"):
         plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=(tmp_path,)))
