@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import spowl_continuous
 from spowl_continuous import (Transition, add, augmented_lagrangian, episode_costs, init_agent, init_buffer, steer,
                               summary, update_many)
 
+ROOT = Path(__file__).resolve().parent.parent
 ENVS, CAPACITY = 3, 12
 RING = small_args(num_envs=ENVS, buffer_size=ENVS * CAPACITY, cost_budget=4.0, updates_per_step=0.5, action_repeat=5)
 BUDGET = dataclasses.replace(ARGS, cost_budget=0.7)
@@ -130,6 +132,12 @@ def test_table_and_picture_of_budgets(tmp_path):
         "| PointGoal1 | 5 | 2 | 4.5 | 4.0 [4.0, 4.0] | 7.0 [7.0, 7.0] | 1 | 0.12 |",
         "| PointGoal1 | 25 | 1 | 4.5 | 20.0 [20.0, 20.0] | 3.0 [3.0, 3.0] | 2 | 0.12 |"]
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_the_committed_table_is_what_the_kept_runs_give(tmp_path):
+    budget.write_table(tmp_path / "table.md", budget.read_runs(budget.RESULTS / "budget"))
+    text = (tmp_path / "table.md").read_text()
+    assert text == (budget.RESULTS / "budget.md").read_text() and text in (ROOT / "docs/results/budget.md").read_text()
 
 
 def test_no_runs_with_a_budget(tmp_path):
