@@ -1490,7 +1490,9 @@ def problems(args):
 
 def parse_args(argv=None):
     """Flags from the command line, with --resume or --evaluate on top of the run's. SystemExit for what cannot be."""
-    args = read_flags(argv, dataclasses.replace(Args(), **PRESETS[read_flags(argv, Args()).preset]))
+    argv = sys.argv[1:] if argv is None else argv
+    preset = read_flags([word for word in argv if word not in ("-h", "--help")], Args()).preset
+    args = read_flags(argv, dataclasses.replace(Args(), **PRESETS[preset]))
     if run_dir := args.resume or args.evaluate:
         try:
             info = json.loads(Path(run_dir, "args.json").read_text())

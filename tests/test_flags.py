@@ -264,3 +264,12 @@ def test_whatever_is_accepted_runs(drawn):
         buffer = spowl.add(buffer, spowl.Transition(obs, action, ones, ones, obs, 0 * ones, 0 * ones))
     agent, metrics = spowl.update_many(args, agent, buffer, 2)
     assert np.all(np.abs(action) <= 1.0) and all(np.isfinite(float(value)) for value in metrics.values())
+
+
+@pytest.mark.parametrize("words", ["--preset laptop --help", "-h --preset laptop"])
+def test_help_shows_the_presets_values(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(words.split())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stop.value.code == 0 and "all environments together (default: 300000)" in shown
+    assert "discount of cost per agent step (default: 0.95)" in shown
