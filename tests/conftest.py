@@ -68,11 +68,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
 
 
-LONGEST = ("test_resume.py", "test_train.py", "test_faults.py", "test_variants.py", "test_sweep.py", "test_flags.py")
+LONGEST = ["test_resume.py", "test_train.py", "test_variants.py", "test_safedreamer.py", "test_probe.py",
+           "test_sweep.py", "test_ppo_lagrangian.py", "test_cpo.py", "test_cvpo.py", "test_costs.py", "test_tdmpc2.py"]
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that both processes end together
+    place = {name: number for number, name in enumerate(LONGEST)}  # first, so that both processes end together
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if not config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]

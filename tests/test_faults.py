@@ -40,7 +40,7 @@ def scripted_main(scripted_train, monkeypatch):
         if threading.current_thread() is threading.main_thread():
             handlers[number] = handler
 
-    def run(signals=(), **flags):
+    def run(signals=(), hangup=signal.SIG_DFL, **flags):
         def train_once(args, stopping):
             patch.setattr(spowl, "train", train)
             return scripted_train(stopping=stopping, **flags)
@@ -59,6 +59,7 @@ def scripted_main(scripted_train, monkeypatch):
             for name in {name for name, *_ in signals}:
                 patch.setattr(spowl, name, sending(name, getattr(spowl, name)))
             patch.setattr(signal, "signal", handle)
+            patch.setattr(signal, "getsignal", lambda number: hangup)  # these tests may themselves run under nohup
             patch.setattr(os, "_exit", sys.exit)
             try:
                 spowl.main([])
@@ -91,10 +92,9 @@ def test_signals_end_a_run_with_a_checkpoint(scripted_main, tmp_path, capfd, sig
     assert callable(scripted_main.handlers[TERM]) and callable(scripted_main.handlers[HUP])
 
 
-def test_a_hangup_that_is_ignored_stays_so(scripted_main, tmp_path, monkeypatch):
+def test_a_hangup_that_is_ignored_stays_so(scripted_main, tmp_path):
     """nohup has it ignored."""
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
-    assert scripted_main(runs_dir=str(tmp_path)) == 0 and HUP not in scripted_main.handlers
+    assert scripted_main(hangup=signal.SIG_IGN, runs_dir=str(tmp_path)) == 0 and HUP not in scripted_main.handlers
 
 
 def test_a_run_whose_last_agent_step_is_cut_short_is_evaluated_and_saved(scripted_train, tmp_path):

@@ -967,8 +967,8 @@ def test_presets_are_what_was_measured():
 # ----------------------------------------------------------------------------------------------------------------------
 def test_ant_ends_early(place):
     """METHOD §2: Ant may terminate before 1000 steps, which reaches csv and buffer."""
-    flags = "--env-id SafetyAntGoal1-v0 --total-timesteps 1000 --learning-starts 1500 --eval-episodes 1"
-    ant = train(place, *TINY, *flags.split(), **QUICK)  # random actions alone: nothing is updated
+    flags = "--env-id SafetyAntGoal1-v0 --total-timesteps 1500 --learning-starts 1500 --eval-episodes 1"
+    ant = train(place, *TINY, *flags.split(), **QUICK)  # random actions alone
     rows, (counters, arrays) = rows_of(ant.dir / "episodes.csv"), checkpoint(ant.dir)
     lengths = [int(row["length"]) for row in rows if row["split"] == "train"]
     buffer = {field: arrays[f"['buffer'].rows.{field}"] for field in spowl.Transition._fields}
@@ -976,7 +976,7 @@ def test_ant_ends_early(place):
     assert lengths and max(lengths) < 1000 and len(lengths) == done.sum()
     assert np.array_equal(buffer["terminated"], buffer["done"])
     assert counters["episodes"] == done.sum(0).tolist()
-    assert counters["step"] == 1000 and counters["simulated"] == 1000 - sum(-length % 5 for length in lengths)
+    assert counters["step"] == 1500 and counters["simulated"] == 1500 - sum(-length % 5 for length in lengths)
     followed = (buffer["obs"][1:] == buffer["next_obs"][:-1]).all(-1)
     assert np.array_equal(followed, ~done[:-1])
 
