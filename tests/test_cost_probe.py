@@ -198,7 +198,8 @@ KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/
 def test_what_is_committed_can_be_evaluated(path):
     """Its flags are those of today's script and its arrays fit; it is small."""
     args = spowl.parse_args(["--evaluate", str(path.parent)])
-    template = jax.eval_shape(lambda key: spowl.init_agent(args, key, 60, 2), jax.random.key(0))
+    size = {"SafetyPointGoal1-v0": 60, "SafetyCarGoal1-v0": 72}[args.env_id]
+    template = jax.eval_shape(lambda key: spowl.init_agent(args, key, size, 2), jax.random.key(0))
     template = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.zeros(x.shape, x.dtype),
                             template)
     spowl.load_checkpoint(path.parent, {"agent": template})
