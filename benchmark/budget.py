@@ -15,8 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from plot import RESULTS, interval
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,6 @@ class Options:
 def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def interval(values):
-    """95% bootstrap interval of the mean."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (2000, len(values)))
-    return np.percentile(drawn.mean(1), [2.5, 97.5])
 
 
 def read_runs(folder):

@@ -2,13 +2,13 @@
 import csv
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmark import budget
 from conftest import small_args
 from test_update import ARGS, UPDATES, copy, dataset, new_agent
 
@@ -17,6 +17,10 @@ from spowl_continuous import (Transition, add, augmented_lagrangian, episode_cos
                               summary, update_many)
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import budget
+
 ENVS, CAPACITY = 3, 12
 RING = small_args(num_envs=ENVS, buffer_size=ENVS * CAPACITY, cost_budget=4.0, updates_per_step=0.5, action_repeat=5)
 BUDGET = dataclasses.replace(ARGS, cost_budget=0.7)
