@@ -62,8 +62,8 @@ def steered(costs, num_updates=100, multiplier=0.1):
     ((4, 4, 4), 0.0), ((6, 6, 6), 0.5), ((0, 8, 4), 0.0), ((0, 0, 0), -1.0), ((2, None, 2), -0.5),
     ((8, 8, 8), 1.0), ((400, 0, 0), 1.0), ((None, None, None), 0.0)])
 def test_the_controller_by_hand(costs, error):
-    """100 updates belong to 100 x 5 / 0.5 = 1,000 simulator steps: lambda grows by e^(0.015 error)."""
-    assert steered(costs) == pytest.approx(0.1 * np.exp(0.015 * error), rel=1e-5)
+    """100 updates belong to 100 x 5 / 0.5 = 1,000 simulator steps: lambda grows by e^(0.02 error)."""
+    assert steered(costs) == pytest.approx(0.1 * np.exp(0.02 * error), rel=1e-5)
 
 
 def test_blocks_of_updates_add_up():
@@ -75,7 +75,7 @@ def test_the_multiplier_stays_within_its_bounds_and_comes_back():
     """A budget that cannot be kept and one that never binds leave lambda where it can turn around at once."""
     assert steered((900, 900, 900), 10**6) == pytest.approx(10.0)
     assert steered((0, 0, 0), 10**6) == pytest.approx(0.001)
-    assert steered((0, 0, 0), multiplier=10.0) == pytest.approx(10.0 * np.exp(-0.015))
+    assert steered((0, 0, 0), multiplier=10.0) == pytest.approx(10.0 * np.exp(-0.02))
 
 
 @pytest.mark.parametrize("violation", [-3.0, 0.0, 2.0])
