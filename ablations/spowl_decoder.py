@@ -69,15 +69,16 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 import zipfile
 import zlib
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 from unittest import mock
 
 import jax
@@ -1146,6 +1147,7 @@ def play(args, env, stream, index, episode):
     Transition without leading axes, and its simulator steps. An episode that cannot begin counts as used."""
     (low, high), bounds = ((space.low, space.high) for space in (env.action_space, env.observation_space))
     see = lambda obs: np.array(obs if args.obs_transform == "raw" else transform_obs(obs, *bounds), np.float32)
+    shape = env.observation_space.shape
     row, steps, failed = None, 0, 0
     while True:
         try:
@@ -1159,10 +1161,16 @@ def play(args, env, stream, index, episode):
             action = yield obs, episode, row, steps
             bounded, reward, cost, failed = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high), 0.0, 0.0, 0
             for steps in range(1, args.action_repeat + 1):
-                raw, more_reward, more_cost, terminated, truncated, _ = env.step(bounded)
+                answer = env.step(bounded)
+                if len(answer) != 6 or any(number is None for number in answer[1:3]):
+                    raise ValueError("its step must return observation, reward, cost, terminated, truncated, info, not "
+                                     + ", ".join(type(value).__name__ for value in answer))
+                raw, more_reward, more_cost, terminated, truncated, _ = answer
                 reward, cost, done = reward + float(more_reward), cost + float(more_cost), terminated or truncated
                 if done:
                     break
+            if np.shape(raw) != shape:
+                raise ValueError(f"its observations must be of one shape, {shape}, not {np.shape(raw)}")
             before, obs = obs, see(raw)
             row = Transition(before, action, reward, cost, obs, terminated, done)
         episode += 1
@@ -1198,7 +1206,9 @@ def env_worker(pipe, args, stream, indices, drawn):
             else:
                 pipe.send(envs[0].render())
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+        frames, here = traceback.extract_tb(error.__traceback__), env_worker.__code__.co_filename
+        place = [f" ({frame.filename}, line {frame.lineno})" for frame in frames if frame.filename != here][-1:]
+        pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0] + "".join(place))
 
 
 def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
@@ -1217,7 +1227,8 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
 
     def receive(process, pipe, group, timeout=300.0):  # importing the simulator takes long where many do it at once
         try:
-            answer = pipe.recv() if pipe.poll(timeout) else f"no answer for {timeout:g} seconds"
+            there = pipe.poll(timeout) or pipe.poll(1.0)  # the second where all were stopped (Ctrl-Z) for longer
+            answer = pipe.recv() if there else f"no answer for {timeout:g} seconds"
         except Exception:  # it has ended, perhaps in the middle of an answer
             process.join(timeout=5)
             answer = f"its process ended with exit code {process.exitcode}"
@@ -1282,6 +1293,12 @@ def check_finite(when, obs, action, row):
             raise SystemExit(f"{name} of environment {bad[0]} not finite {when}; the last checkpoint stays")
 
 
+@cache
+def tell(line):
+    """Print a line to stderr, once."""
+    print(line, file=sys.stderr)
+
+
 def evaluate(args, agent, ask, stopping=()):
     """Play args.eval_episodes whole episodes without noise, the same ones every time -> a dict each (return, cost, ...,
     `played`: a Transition (T, ...)), frames of the first for `write_video`. Nothing once `stopping` is not empty."""
@@ -1321,10 +1338,11 @@ def summary(args, episodes, step, cost_rate, wall_time):
     """One line on an evaluation: mean ± standard deviation [95% interval of the mean]."""
     returns, costs, balance = ([episode[name] for episode in episodes] for name in ("return", "cost", "balance"))
     (low, high), (least, most), wall_time = interval(returns), interval(costs), int(wall_time)
+    plans = f", balance {np.mean(balance):.0%}" if any(balance) else ""
     budget = f" (budget {args.cost_budget:g})" if getattr(args, "cost_budget", None) else ""
     return (f"step {step:,}: return {np.mean(returns):.2f} ± {np.std(returns):.2f} [{low:.1f}, {high:.1f}], cost "
             f"{np.mean(costs):.1f} ± {np.std(costs):.1f} [{least:.1f}, {most:.1f}]{budget} over {len(episodes)} "
-            f"episodes, cost rate {cost_rate:.4f}, balance {np.mean(balance):.0%}, wall time "
+            f"episodes, cost rate {cost_rate:.4f}{plans}, wall time "
             f"{wall_time // 3600}:{wall_time // 60 % 60:02d}:{wall_time % 60:02d}")
 
 
@@ -1468,16 +1486,18 @@ def begin(args, ask, sizes):
 
 def collect(args, ask, run):
     """One agent step of every environment -> run, seconds of `act`. ChildProcessError leaves the run as it was."""
-    began, actor, step = time.time(), run.actor, run.step + args.num_envs * args.action_repeat
+    began, actor, step = time.monotonic(), run.actor, run.step + args.num_envs * args.action_repeat
     if run.step < args.learning_starts:
         random = np.random.default_rng((args.seed, 3, run.step))
         action = random.uniform(-1.0, 1.0, (args.num_envs, run.buffer.rows.action.shape[-1])).astype(np.float32)
     else:
         action, actor = act(args, run.agent, actor, run.obs, run.so_far[:, 2] == 0, True)
         action = np.asarray(action)
-    acting = time.time() - began
+    acting = time.monotonic() - began
     obs, episodes, row, steps = ask("step", action)
     check_finite(f"at step {step:,}", obs, action, row)
+    if row.cost.min() < 0 or row.cost.max() > 3 * args.action_repeat:  # three kinds of obstacle may cost at once
+        tell("costs below 0 or above 1 a simulator step: the agent takes no more than its bins hold (docs/your_own.md)")
     so_far, rows = run.so_far + np.stack([row.reward, row.cost, steps], 1), run.rows
     for index in np.flatnonzero(row.done).tolist():
         rows = rows + [["train", step, index, *so_far[index, :2].tolist(), int(so_far[index, 2])]]
@@ -1493,42 +1513,43 @@ def train(args, stopping=()):
     What is due, the run's counters say: an agent step, a block of updates, or a cycle's end with its evaluation.
     Between any two of these it is left, with a checkpoint, once `stopping` is not empty (a signal fills it) or an
     environment fails (ChildProcessError). OSError for what cannot be written, SystemExit with a line for what else."""
+    print("starting the simulators, then compiling: about a minute, mostly the first time")
     with contextlib.ExitStack() as stack:
         ask, *sizes = start_envs(args, 0, args.num_envs)
         stack.callback(ask, "close")
         ask_eval, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
         stack.callback(ask_eval, "close")
         run, (run_dir, writer) = begin(args, ask, sizes), open_run_dir(args, stack)
-        began, spent, values, episodes, failure = time.time() - run.wall_time, Counter(), {}, [], None
+        began, spent, values, episodes, failure = time.monotonic() - run.wall_time, Counter(), {}, [], None
         advised = advice(args) if jax.default_backend() == "cpu" else ""
         print(f"{run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}\n{advised}".rstrip())
         bar = stack.enter_context(tqdm(total=args.total_timesteps, initial=run.step, unit="step", unit_scale=True,
                                        dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 60.0))
         try:
             while run.completed < args.total_timesteps and not stopping:
-                moment = time.time()
+                moment = time.monotonic()
                 if run.step < cycle_end(args, run.completed):
                     compiling = 0 <= run.step - args.learning_starts < args.num_envs * args.action_repeat
                     bar.set_description("compiling" * compiling, refresh=compiling)
                     run, acting = collect(args, ask, run)
                     bar.update(run.step - bar.n)
-                    spent.update(act=acting, env=time.time() - moment - acting)
+                    spent.update(act=acting, env=time.monotonic() - moment - acting)
                 elif count := next_updates(args, run.step, done := int(run.agent.num_updates)):
                     bar.set_description("updating" if done else "compiling", refresh=not bar.desc)
                     agent, metrics = update_many(args, run.agent, run.buffer, count)
                     run, values = run._replace(agent=agent), jax.device_get(metrics)
                     if bad := [tag for tag, value in values.items() if not math.isfinite(value)]:
                         raise SystemExit(f"{', '.join(bad)} not finite at step {run.step:,}; the last checkpoint stays")
-                    spent.update(update=time.time() - moment)
+                    spent.update(update=time.monotonic() - moment)
                 else:
-                    run = run._replace(wall_time=time.time() - began)
+                    run = run._replace(wall_time=time.monotonic() - began)
                     values |= {f"time/{name}": spent[name] / (spent.total() or 1) for name in ("env", "act", "update")}
                     run, episodes = end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping)
                     spent, values = Counter(), {}
         except ChildProcessError as error:
             failure = error
         if run.completed < args.total_timesteps:
-            save_checkpoint(run_dir, run._replace(wall_time=time.time() - began))
+            save_checkpoint(run_dir, run._replace(wall_time=time.monotonic() - began))
             changed = f" --total-timesteps {args.total_timesteps} --eval-every {args.eval_every}" * bool(args.resume)
             bar.write(f"stopped at step {run.step:,}; go on with --resume {run_dir}{changed}", file=sys.stderr)
         if failure:
@@ -1546,6 +1567,8 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
     if ended := [row[3:] for row in run.rows if row[0] == "train" and row[1] > run.completed]:
         values |= dict(zip((f"charts/episodic_{name}" for name in COLUMNS[3:]), np.mean(ended, axis=0)))
     due = step >= args.total_timesteps or args.eval_every and step % args.eval_every == 0
+    if not run_dir.is_dir():
+        raise SystemExit(f"{run_dir} is gone; if it was moved, go on with --resume and its new place")
     if due:
         episodes, frames = evaluate(args, run.agent, ask_eval, stopping)
         if not episodes:
@@ -1571,7 +1594,7 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
 
 def evaluate_run(args):
     """Evaluate the newest checkpoint of a run, print and write what comes out -> its episodes."""
-    run_dir, began = Path(args.evaluate), time.time()
+    run_dir, began = Path(args.evaluate), time.monotonic()
     with contextlib.ExitStack() as stack:
         ask, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
         stack.callback(ask, "close")
@@ -1579,13 +1602,15 @@ def evaluate_run(args):
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         episodes, frames = evaluate(args, trees["agent"], ask)
     step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
-    print(summary(args, episodes, step, cost_rate, time.time() - began))
-    for tag, value in critic_metrics(args, trees["agent"], episodes).items():
-        print(f"{tag} {value:.3g}")
+    print(summary(args, episodes, step, cost_rate, time.monotonic() - began))
+    print("what the cost critics knew; read is what they said, followed what came (docs/spowl_continuous.md):")
+    print(*(f"{tag} {value:.3g}" for tag, value in critic_metrics(args, trees["agent"], episodes).items()), sep="\n")
     columns = (*COLUMNS, "balance")
     write_csv(run_dir / "evaluation.csv", columns, [["eval", step, *map(each.get, columns[2:])] for each in episodes])
+    print("episodes:", run_dir / "evaluation.csv")
     if frames:
-        write_video(run_dir / "videos" / f"evaluation_{step}.mp4", frames)
+        write_video(path := run_dir / "videos" / f"evaluation_{step}.mp4", frames)
+        print("the first one:", path)
     return episodes
 
 
@@ -1603,6 +1628,12 @@ def read_flags(argv, default):
     read = tyro.cli(groups, args=argv, default=groups(*map(take, GROUPS)), description=Args.__doc__,
                     config=(tyro.conf.OmitArgPrefixes,))
     return Args(**{name: value for group in vars(read).values() for name, value in vars(group).items()})
+
+
+def of_type(value, hint):
+    """Whether a value that JSON gave is what a field's hint allows."""
+    kinds = get_args(hint) or (hint,)
+    return value in kinds or type(value) in kinds or type(value) is int and float in kinds
 
 
 def problems(args):
@@ -1631,6 +1662,9 @@ def parse_args(argv=None):
             if info["script"] != Path(__file__).stem:
                 raise ValueError(f"it was made by {info['script']}.py, use that script")
             saved = Args(**info["args"])
+            for name, hint in get_type_hints(Args).items():
+                if not of_type(value := getattr(saved, name), hint):
+                    raise ValueError(f"{name} cannot be {value!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{run_dir} is not a run directory of this script: {error}")
         args = read_flags(argv, saved)
@@ -1660,29 +1694,41 @@ def main(argv=None):
     run is in a checkpoint."""
     def heed(number, frame):
         stopping.append(number)
-        if number == signal.SIGINT:  # a second one ends the process at once
-            signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, at_once)
         with contextlib.suppress(OSError):  # not print: that may be what was interrupted
             os.write(2, b"\nstopping after this step; Ctrl-C once more stops without saving\n")
 
-    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
-    threading.excepthook = lambda it: issubclass(it.exc_type, OSError) or threading.__excepthook__(it)  # TensorBoard's
-    args, stopping, done = parse_args(argv), [], True
+    def heed_thread(it):  # TensorBoard's, which dies of a full disk without a word
+        failed.append(it.exc_value) if issubclass(it.exc_type, OSError) else threading.__excepthook__(it)
+
+    sys.stdout, sys.stderr, failed = lossy(sys.stdout), lossy(sys.stderr), []
+    args, stopping, done, ours = parse_args(argv), [], True, __name__ == "__main__"
+    at_once = signal.SIG_DFL if ours else signal.default_int_handler  # an interpreter that is not ours is not ended
+    if jax.config.jax_enable_x64:
+        raise SystemExit("JAX_ENABLE_X64 is set: everything here is float32, unset it")
     if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
-    with contextlib.suppress(ValueError):  # in another thread than the main one, which no signal reaches
-        for number in STOPS:
+    with contextlib.ExitStack() as stack:  # at the end all is as it was
+        stack.enter_context(mock.patch.object(threading, "excepthook", heed_thread))
+        for number in STOPS * (threading.current_thread() is threading.main_thread()):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
-                signal.signal(number, signal.SIG_DFL if args.evaluate else heed)
-    try:
-        done = evaluate_run(args) if args.evaluate else train(args, stopping)
-    except (OSError, ImportError, RuntimeError, AssertionError) as error:
-        told = str(error).partition("\n")[0] or "JAX finds no device of JAX_PLATFORMS" * ("JAX_PLATFORMS" in os.environ)
-        if not isinstance(error, (OSError, ImportError)) and not re.search("backend|JAX_PLATFORMS|MUJOCO_GL", told):
-            raise
-        raise SystemExit(told + "; the last checkpoint stays" * bool(getattr(error, "errno", 0)))
-    if stopping and not done:
-        os._exit(128 + stopping[0])  # at once: Python's own exit has crashed under XLA's threads, still computing
+                before = signal.signal(number, at_once if args.evaluate else heed)
+                stack.callback(signal.signal, number, before or signal.SIG_DFL)
+        try:
+            done = evaluate_run(args) if args.evaluate else train(args, stopping)
+            for error in failed:
+                raise error
+        except (OSError, ImportError, RuntimeError, AssertionError, MemoryError) as error:
+            told = str(error).partition("\n")[0]
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in told:
+                raise SystemExit(f"the memory is full ({told or 'of this machine'}): choose smaller sizes")
+            told = told or "JAX finds no device: JAX_PLATFORMS=" + os.getenv("JAX_PLATFORMS", "")
+            if not (isinstance(error, (OSError, ImportError)) or re.search("backend|JAX_PLATFORMS=.|MUJOCO_GL", told)):
+                raise
+            raise SystemExit(told + "; the last checkpoint stays" * bool(getattr(error, "errno", 0)))
+        if stopping and not done:  # at once: Python's own exit has crashed under XLA's threads, still computing
+            (os._exit if ours else sys.exit)(128 + stopping[0])
 
 
 if __name__ == "__main__":

@@ -30,12 +30,16 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import ray
 import tyro
 from grid import read_grid
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+try:
+    import ray
+except ImportError:  # --dry-run does without
+    ray = None
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -343,6 +347,8 @@ def main(options):
             console.print(f"{run_dir or 'not begun'} at {step:,} of {job.steps:,}: {job.script} {' '.join(job.flags)}",
                           soft_wrap=True)
         return
+    if ray is None:
+        raise SystemExit("this needs Ray: .venv/bin/python -m pip install --no-deps -r benchmark/requirements.txt")
     host, _, port = (options.address or "").rpartition(":")
     try:  # Ray itself would try for minutes
         if host and port.isdigit():

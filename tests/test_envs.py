@@ -2,6 +2,7 @@
 a run does when one fails."""
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import math
 import multiprocessing
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_numpy, small_args
+from conftest import as_numpy, run_of, small_args
 from gymnasium import spaces
 
 import spowl_continuous as spowl
@@ -80,6 +81,14 @@ class Scripted:
         if self.steps in self.cannot_draw_at:
             raise RuntimeError("no picture")
         return np.full((4, 4, 3), self.steps, np.uint8)
+
+
+def raised_in(method):
+    """What is told of the exception that this method raises: with its file and line."""
+    lines, first = inspect.getsourcelines(method)
+    number, said = next((first + i, re.search(r'raise (\w+)\("([^"\\]*)', line)) for i, line in enumerate(lines)
+                        if "raise " in line)
+    return f"{said[1]}: {said[2]} ({__file__}, line {number})"
 
 
 class Reusing(Scripted):
@@ -254,7 +263,7 @@ def worker(monkeypatch, no_process):
         while ours.poll():
             answers.append(ours.recv())
         ours.close(), theirs.close()
-        return answers[:-1] if answers[-1] == "EOFError: " else answers
+        return answers[:-1] if answers[-1].startswith("EOFError: ") else answers
 
     return run
 
@@ -372,11 +381,11 @@ def test_an_episode_that_cannot_begin_counts_as_used(worker, capfd):
 
 def test_ten_episodes_in_a_row_that_cannot_begin_are_the_end(worker):
     """Nine are not, and are counted anew after each that could."""
-    assert worker([Scripted(fails_at_reset=range(10))], [BEGIN])[1:] == ["RuntimeError: the floor gave way"]
+    assert worker([Scripted(fails_at_reset=range(10))], [BEGIN])[1:] == [raised_in(Scripted.reset)]
     failing = [*range(9), *range(10, 19), *range(20, 30)]
     answers = worker([Scripted(5, fails_at_reset=failing)], [BEGIN] + 2 * [step_with([0.0])])
     assert [answer[1].tolist() for answer in answers[1:3]] == [[9], [19]]
-    assert answers[3:] == ["RuntimeError: the floor gave way"]
+    assert answers[3:] == [raised_in(Scripted.reset)]
 
 
 def test_the_process_transforms_what_the_networks_see(worker):
@@ -392,7 +401,26 @@ def test_the_process_transforms_what_the_networks_see(worker):
 
 def test_a_failing_environment_answers_with_one_line(worker):
     answers = worker([Scripted(fails_after=2)], [BEGIN, step_with([0.0])])
-    assert answers[2:] == ["RuntimeError: the floor gave way"]
+    assert answers[2:] == [raised_in(Scripted.fail)]
+
+
+@pytest.mark.parametrize("answer, said", [
+    ((np.zeros(3), 1.0, False, False, {}), "ndarray, float, bool, bool, dict"),  # as Gymnasium has it
+    ((np.zeros(3), None, 0.0, False, False, {}), "ndarray, NoneType, float, bool, bool, dict"),
+    ((np.zeros(3), 0, None, False, False, {}), "ndarray, int, NoneType, bool, bool, dict")])
+def test_what_a_step_returns_is_six_values(worker, answer, said):
+    env = Scripted()
+    env.step = lambda action: answer
+    (told,) = worker([env], [BEGIN, step_with([0.0])])[2:]
+    assert told.endswith(f"its step must return observation, reward, cost, terminated, truncated, info, not {said}")
+
+
+def test_observations_of_another_shape_end_a_run(worker):
+    """In the middle of an episode."""
+    env = Scripted()
+    env.observe = lambda: np.zeros(3 + (env.steps > 4))
+    (told,) = worker([env], [BEGIN, step_with([0.0])])[2:]
+    assert told == "ValueError: its observations must be of one shape, (3,), not (4,)"
 
 
 @pytest.mark.parametrize("space, seen", [
@@ -430,7 +458,7 @@ def test_only_the_first_environment_draws(worker):
     envs = [Scripted(1000, cannot_draw_at=[10]), Scripted(1000)]
     commands = [("reset", [(0, []), (0, [])])] + 3 * [step_with([0.0], [0.0]), ("draw", [None, None])]
     answers = worker(envs, commands, drawn=True)
-    assert answers[3].tolist() == np.full((4, 4, 3), 5).tolist() and answers[5:] == ["RuntimeError: no picture"]
+    assert answers[3].tolist() == np.full((4, 4, 3), 5).tolist() and answers[5:] == [raised_in(Scripted.render)]
     assert envs[0].options["render_mode"] == "rgb_array" and envs[1].options == {}
     assert os.environ["MUJOCO_GL"] == "egl"
     other = Scripted(cannot_draw_at=[0])
@@ -571,7 +599,7 @@ def test_a_plan_starts_from_the_last_one_within_an_episode(scripted_envs):
 
 
 @pytest.mark.parametrize("failing, reason", [
-    (Scripted, "RuntimeError: the floor gave way"), (Hanging, "no answer for 0.5 seconds"),
+    (Scripted, raised_in(Scripted.fail)), (Hanging, "no answer for 0.5 seconds"),
     (Dying, "its process ended with exit code 3"), (Garbling, "its process ended with exit code 4"),
     (Interrupted, "its process ended with exit code 5")])
 def test_a_process_that_fails_leaves_the_run_as_it_was(scripted_envs, threads, tmp_path, failing, reason):
@@ -602,6 +630,11 @@ def test_how_long_an_answer_may_take(threads, monkeypatch):
     for command in ("step", "reset", "draw"):
         ask(command)
     assert [call.args for call in pipe.poll.call_args_list] == [(300.0,), (7.0,), (300.0,), (300.0,)]
+    pipe.poll = mock.Mock(side_effect=[False, True, False, False])  # a second more, where all were stopped for longer
+    ask("step")
+    with pytest.raises(ChildProcessError, match="no answer for 7 seconds$"):
+        ask("step")
+    assert [call.args for call in pipe.poll.call_args_list] == [(7.0,), (1.0,)] * 2
 
 
 def test_an_environment_that_cannot_be_made_ends_all_processes(scripted_envs, threads):
@@ -619,7 +652,7 @@ def test_a_process_that_cannot_draw_fails_at_its_start(scripted_envs, monkeypatc
     monkeypatch.setattr(Scripted, "render", lambda env: exec("raise RuntimeError(why)", {"why": why}))
     with pytest.raises(ChildProcessError) as stop:
         scripted_envs(Scripted(), stream=1, drawn=True)
-    said = f"evaluation environment 0 of Scripted-v0 (seed 1): RuntimeError: {why}"
+    said = f"evaluation environment 0 of Scripted-v0 (seed 1): RuntimeError: {why} (<string>, line 1)"
     needed = "; --capture-video needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri"
     assert str(stop.value) == said + needed * hint
     scripted_envs(Scripted(), stream=1)
@@ -977,6 +1010,20 @@ def test_the_tasks_of_the_paper_are_known():
     tasks = ("PointGoal1", "PointGoal2", "PointPush1", "PointButton1", "CarGoal1", "DoggoGoal1", "AntGoal1")
     assert {f"Safety{task}-v0" for task in tasks} <= set(
         spowl.import_safety_gymnasium().utils.registration.safe_registry)
+
+
+@pytest.mark.parametrize("costs, told", [
+    ((0.0, 5.0), 0), ((0.0, 15.0), 0), ((-0.1, 1.0), 1), ((0.0, 15.1), 1), ((1e6, -1.0), 1)])
+def test_unusual_costs_are_told_once(monkeypatch, capfd, costs, told):
+    """Below 0, or above what three kinds of obstacles cost at once, 3 a simulator step."""
+    spowl.tell.cache_clear()
+    args, zeros = small_args(num_envs=2, action_repeat=5, learning_starts=10_000), np.zeros((2, 3), np.float32)
+    row = spowl.Transition(zeros, zeros[:, :1], zeros[:, 0], np.float32(costs), zeros, zeros[:, 0], zeros[:, 0])
+    run = run_of(spowl, args, None, None, spowl.init_buffer(args, 3, 1), 0)
+    for _ in range(2):
+        run, _ = collect(args, lambda *_: (zeros, np.zeros(2, int), row, np.full(2, 5)), run)
+    assert capfd.readouterr().err.count("costs below 0 or above 1 a simulator step: ") == told
+    assert run.cost == pytest.approx(2 * sum(costs))
 
 
 def test_an_environment_may_reuse_its_observation():

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import run_of, small_args
 from test_envs import Scripted, no_process, scripted_train, threads, toy_agent
+from tensorboard.summary.writer.record_writer import RecordWriter
 from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, Wandb, checkpoint, environment, rows_of, start
 
 import spowl_continuous as spowl
@@ -34,13 +35,14 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 def scripted_main(scripted_train, monkeypatch):
     """scripted_main(signals, **flags) runs `main`, which trains as `scripted_train` does -> exit status. Signals are
     (function, step, number): sent when that function is called with a run at that step."""
-    train, handlers = spowl.train, {}
+    train, handlers, ever = spowl.train, {}, {}
 
     def handle(number, handler):
-        if threading.current_thread() is threading.main_thread():
-            handlers[number] = handler
+        before, handlers[number] = handlers.get(number), handler
+        ever.setdefault(number, []).append(handler)
+        return before
 
-    def run(signals=(), hangup=signal.SIG_DFL, **flags):
+    def run(signals=(), hangup=signal.SIG_DFL, program="__main__", **flags):
         def train_once(args, stopping):
             patch.setattr(spowl, "train", train)
             return scripted_train(stopping=stopping, **flags)
@@ -60,14 +62,16 @@ def scripted_main(scripted_train, monkeypatch):
                 patch.setattr(spowl, name, sending(name, getattr(spowl, name)))
             patch.setattr(signal, "signal", handle)
             patch.setattr(signal, "getsignal", lambda number: hangup)  # these tests may themselves run under nohup
-            patch.setattr(os, "_exit", sys.exit)
+            patch.setattr(spowl, "__name__", program)
+            if program == "__main__":
+                patch.setattr(os, "_exit", sys.exit)
             try:
                 spowl.main([])
             except SystemExit as end:
                 return end.code
         return 0
 
-    run.handlers = handlers
+    run.handlers, run.ever = handlers, ever
     return run
 
 
@@ -87,14 +91,31 @@ def test_signals_end_a_run_with_a_checkpoint(scripted_main, tmp_path, capfd, sig
     stderr = capfd.readouterr().err
     assert checkpoint(directory)[0]["step"] == step and "stopping after this step; Ctrl-C once more" in stderr
     assert (f"stopped at step {step}; go on with --resume {directory}\n" in stderr) == (status != 0)
-    interrupted = any(number == INT for *_, number in signals)
-    assert (scripted_main.handlers[INT] is signal.SIG_DFL) == interrupted
-    assert callable(scripted_main.handlers[TERM]) and callable(scripted_main.handlers[HUP])
+    heed, interrupted = scripted_main.ever[TERM][0], any(number == INT for *_, number in signals)
+    assert callable(heed)
+    assert scripted_main.ever == {  # in the end what it was
+        INT: [heed] + [signal.SIG_DFL] * interrupted + [signal.SIG_DFL], TERM: [heed, signal.SIG_DFL],
+        HUP: [heed, signal.SIG_DFL]}
 
 
 def test_a_hangup_that_is_ignored_stays_so(scripted_main, tmp_path):
     """nohup has it ignored."""
-    assert scripted_main(hangup=signal.SIG_IGN, runs_dir=str(tmp_path)) == 0 and HUP not in scripted_main.handlers
+    assert scripted_main(hangup=signal.SIG_IGN, runs_dir=str(tmp_path)) == 0 and HUP not in scripted_main.ever
+
+
+@pytest.mark.parametrize("signals, status, second", [
+    ([("collect", 20, TERM)], 143, []), ([("collect", 70, INT)], 130, [signal.default_int_handler])])
+def test_a_guest_keeps_its_interpreter(scripted_main, tmp_path, monkeypatch, signals, status, second):
+    """Where another program calls `main`: SystemExit, which it may catch; a second Ctrl-C is KeyboardInterrupt; its
+    handlers are back at the end."""
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the interpreter is not ours"))
+    mine = lambda number, frame: None
+    scripted_main.handlers.update({INT: mine, TERM: signal.SIG_IGN})
+    hook = threading.excepthook
+    assert scripted_main(signals, program="spowl_continuous", runs_dir=str(tmp_path)) == status
+    heed = scripted_main.ever[INT][0]
+    assert scripted_main.ever == {INT: [heed, *second, mine], TERM: [heed, signal.SIG_IGN],
+                                  HUP: [heed, signal.SIG_DFL]} and threading.excepthook is hook
 
 
 def test_a_run_whose_last_agent_step_is_cut_short_is_evaluated_and_saved(scripted_train, tmp_path):
@@ -124,7 +145,8 @@ def test_a_run_stopped_before_its_first_step_can_be_evaluated(scripted_train, th
     threads.lives = {1: [Scripted(22), Scripted(12)]}
     args = small_args(env_id="Scripted-v0", eval_episodes=2, evaluate=str(directory))
     assert [episode["length"] for episode in spowl.evaluate_run(args)] == [22, 12]
-    assert re.match(r"step 0: return .* cost rate 0\.0000,", capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr().out.splitlines()
+    assert re.match(r"step 0: return .* cost rate 0\.0000,", next(line for line in said if line.startswith("step ")))
 
 
 def test_weights_and_biases_gets_all_of_a_stopped_run(scripted_train, tmp_path, monkeypatch):
@@ -164,6 +186,49 @@ def test_a_full_disk_ends_a_run(scripted_main, scripted_train, tmp_path, monkeyp
         (step, *row) for step in ("50", "100") for row in (("0", "22.0", "5.5", "22"), ("1", "12.0", "3.0", "12"))]
     assert [(row[1], row[2]) for row in rows if row[0] == "train"] == [  # after 5, 3, 3, 3 and 5 agent steps
         ("30", "1"), ("50", "0"), ("60", "1"), ("90", "1"), ("100", "0")]
+
+
+def test_a_disk_that_was_full_for_a_moment_ends_a_run(scripted_main, tmp_path, monkeypatch):
+    """TensorBoard's thread dies of it and may not say so: one line, exit status 1, even where it was the last write."""
+    write, written, full_at = RecordWriter.write, [], []
+
+    def watched(writer, data):
+        written.append(data)
+        if [len(written)] == full_at:
+            raise OSError(28, "No space left on device")
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", watched)
+    assert scripted_main(runs_dir=str(tmp_path / "in peace")) == 0
+    for number in (len(written) - 3, len(written)):
+        written.clear()
+        full_at[:] = [number]
+        status = scripted_main(runs_dir=str(tmp_path / str(number)))
+        assert status == "[Errno 28] No space left on device; the last checkpoint stays"
+
+
+def test_a_directory_that_is_gone_ends_a_run(scripted_main, tmp_path, monkeypatch):
+    """Moved after its first checkpoint, which is still there: one line at the next write."""
+    save = spowl.save_checkpoint
+
+    def save_and_move(run_dir, run):
+        save(run_dir, run)
+        run_dir.rename(tmp_path / "moved")
+
+    monkeypatch.setattr(spowl, "save_checkpoint", save_and_move)
+    status = scripted_main(runs_dir=str(tmp_path))
+    assert status.endswith(" is gone; if it was moved, go on with --resume and its new place") and "\n" not in status
+    monkeypatch.undo()
+    assert [path.name for path in spowl.checkpoints(tmp_path / "moved")] == ["checkpoint_50.npz"]
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1152921504606846976 bytes.\nmore")])
+def test_memory_that_is_full_ends_a_run(scripted_main, tmp_path, monkeypatch, error):
+    """The simulator's machine or the accelerator: one line."""
+    monkeypatch.setattr(spowl, "update_many", lambda *_: (_ for _ in ()).throw(error))
+    status = scripted_main(runs_dir=str(tmp_path), updates_per_step=1.0)
+    assert re.fullmatch(r"the memory is full \((of this machine|RESOURCE_EXHAUSTED: .*)\): choose smaller.*", status)
 
 
 def test_a_stop_that_could_not_be_saved_does_not_say_how_to_go_on(scripted_main, tmp_path, monkeypatch, capfd):
@@ -424,7 +489,7 @@ def endless(args, stopping):
     print("computing", flush=True)
     spin(0.5).block_until_ready()
 
-spowl.train = endless
+spowl.train, spowl.__name__ = endless, "__main__"  # as where the script is the program
 spowl.main([])"""
 
 

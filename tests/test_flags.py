@@ -199,9 +199,10 @@ def test_a_buffer_that_cannot_fit_is_refused(monkeypatch):
     ("--capture-video", {"MUJOCO_GL": "disable"},
      "evaluation environment 0(, 1)? of .*; --capture-video needs EGL or OSMesa"),
     ("--env-id SafetyPointGoal1Vision-v0", {}, "SafetyPointGoal1Vision-v0 .*observations must be flat vectors: "),
-    ("", {"JAX_PLATFORMS": "cuda"}, "(?i)jax|backend|device"),
+    ("", {"JAX_PLATFORMS": "cuda"}, "^JAX finds no device: JAX_PLATFORMS=cuda$|backend.*cuda"),
+    ("", {"JAX_ENABLE_X64": "1"}, "^JAX_ENABLE_X64 is set: "),
     ("", {"JAX_PLATFORMS": "toaster"}, "backend.*toaster")],
-    ids=["MuJoCo", "drawing", "pictures", "CUDA", "no device"])
+    ids=["MuJoCo", "drawing", "pictures", "CUDA", "float64", "no device"])
 def test_on_the_command_line(place, words, variables, expected):
     """One line before training begins, no traceback, nothing left behind."""
     if "cuda" in variables.values() and importlib.util.find_spec("jax_cuda12_plugin"):

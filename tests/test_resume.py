@@ -10,7 +10,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_envs import Dying, Hanging, Scripted, no_process, scripted_train, threads, toy_agent
+from test_envs import Dying, Hanging, Scripted, no_process, raised_in, scripted_train, threads, toy_agent
 from test_faults import workers
 from test_train import POINT, TINY, checkpoint, run, start, start_and_evaluate, train
 
@@ -116,7 +116,7 @@ def test_after_a_failing_environment_it_goes_on_to_the_same_end(
     """It raises, dies or gives no answer after so many steps: among random actions, among an agent's, in an evaluation.
     One line says where, one how to go on. No row is left of the agent step that failed."""
     envs = {f"{'eval_' * (stream == 'evaluation')}lives": [failing(22, fails_after=after), Scripted(12)]}
-    reason = {Scripted: "RuntimeError: the floor gave way", Dying: "its process ended with exit code 3",
+    reason = {Scripted: raised_in(Scripted.fail), Dying: "its process ended with exit code 3",
               Hanging: "no answer for 0.5 seconds"}[failing]
     with pytest.raises(ChildProcessError) as failure:
         watched(**envs, env_timeout=0.5)

@@ -36,7 +36,7 @@ TINY = ("--num-envs 2 --learning-starts 500 --train-every 500 --enc-dim 16 --mlp
 POINT = TINY + "--total-timesteps 2500 --action-repeat 25 --buffer-size 120 --eval-every 1000 --eval-episodes 2".split()
 SUMMARY = re.compile(r"step ([\d,]+): return (-?\d+\.\d\d) ± \d+\.\d\d \[-?\d+\.\d, -?\d+\.\d\], "
                      r"cost (\d+\.\d) ± \d+\.\d \[\d+\.\d, \d+\.\d\](?: \(budget 5\))? over (\d+) episodes, "
-                     r"cost rate (0\.\d{4}), balance \d+%, wall time \d+:\d\d:\d\d")
+                     r"cost rate (0\.\d{4})(?:, balance \d+%)?, wall time \d+:\d\d:\d\d")
 TAGS = """charts/episodic_return charts/episodic_cost charts/episodic_length charts/cost_rate charts/SPS charts/balance
 eval/episodic_return eval/episodic_cost eval/balance losses/consistency losses/reward losses/cost losses/value
 losses/cost_value losses/policy losses/psi losses/total lagrangian/lambda lagrangian/mu lagrangian/violation
@@ -372,7 +372,10 @@ def test_evaluation_alone_gives_the_same_episodes_again(point, evaluated):
     assert [row["environment"] for row in rows] == ["0", "1", "2"] and len({row["return"] for row in rows}) == 3
     assert SUMMARY.search(evaluated.stdout).group(1, 4) == ("2,500", "3")
     assert f"balance {np.mean([float(row['balance']) for row in rows]):.0%}," in evaluated.stdout
-    known = dict(line.split() for line in evaluated.stdout.splitlines() if line.startswith("critic/"))
+    said = evaluated.stdout.splitlines()
+    places = said[said.index(f"episodes: {evaluated.dir / 'evaluation.csv'}"):]
+    assert places[1:] == [f"the first one: {evaluated.dir / 'videos' / 'evaluation_2500.mp4'}"] * evaluated.draws
+    known = dict(line.split() for line in said if line.startswith("critic/"))
     assert {"critic/read_outside", "critic/followed_outside"} <= known.keys()
     assert all(np.isfinite(float(value)) for value in known.values())
 
@@ -610,6 +613,14 @@ SPOILED = {
     "args.json without the script": lambda run, file: change_info(run, lambda info: without(info, "script")),
     "another script's run": lambda run, file: change_info(run, lambda info: info | {"script": "spowl_plan_only"}),
     "an unknown flag": lambda run, file: change_flags(run, colour="red"),
+    "a word for a number": lambda run, file: change_flags(run, total_timesteps="many"),
+    "a list for a number": lambda run, file: change_flags(run, gamma=[0.9]),
+    "a fraction for a count": lambda run, file: change_flags(run, num_envs=2.5),
+    "a number for a name": lambda run, file: change_flags(run, env_id=3),
+    "a word for a switch": lambda run, file: change_flags(run, track="yes"),
+    "another word than there is": lambda run, file: change_flags(run, preset="desktop"),
+    "nothing for a number": lambda run, file: change_flags(run, rho=None),
+    "flags that are a list": lambda run, file: change_info(run, lambda info: info | {"args": [1]}),
     "no checkpoint": lambda run, file: [path.unlink() for path in run.glob("checkpoint_*")],
     "a counter is missing": lambda run, file: change_counters(file, lambda found: without(found, "simulated")),
     "an empty checkpoint": lambda run, file: file.write_bytes(b""),
@@ -990,7 +1001,7 @@ def short_loop():
     """The page's loop on one's own environment, with fewer steps and fewer, narrower networks."""
     code = example("docs/your_own.md", "own environment")
     assert "from spowl_continuous import" in code
-    for given, less in (("10_000", "101"), (">= 500", ">= 50"), ("num_updates=50", "num_updates=2"),
+    for given, less in (("% 250", "% 50"), ("10_000", "101"), (">= 500", ">= 50"), ("num_updates=50", "num_updates=2"),
                         ("iterations=4", "iterations=2, num_q=2, num_qc=1, num_c=1, lagrangian_heads=1, num_bins=21")):
         assert code.count(given) == 1
         code = code.replace(given, less)
@@ -1001,6 +1012,7 @@ def test_a_loop_of_ones_own_trains(place):
     check = "\nassert int(agent.num_updates) > 0 and all(np.isfinite(float(x)) for x in metrics.values()), metrics"
     finished = command(place, "-c", short_loop() + check, **QUICK)
     assert finished.returncode == 0, finished.stderr
+    assert [line.split(": ")[0] for line in finished.stdout.splitlines()] == ["50 steps", "100 steps"]
 
 
 REGISTERED = example("README.md", "own environment, registered")
@@ -1010,7 +1022,7 @@ def test_a_registered_class_of_ones_own_trains(place):
     """The example, with small flags."""
     flags = [*TINY, "--total-timesteps", "1000", "--eval-episodes", "2", "--runs-dir", str(place / "reach")]
     code = REGISTERED.replace('"--preset", "laptop"', f"*{flags}")
-    assert code.count("num-envs") == 1
+    assert code.count("num-envs") == 1 and code.count("*sys.argv[1:]") == 1
     (place / "reach.py").write_text(code)
     finished = run(place, script=place / "reach.py", **QUICK)
     assert "WARN" not in finished.stderr.replace("WARNING", "")
@@ -1019,13 +1031,17 @@ def test_a_registered_class_of_ones_own_trains(place):
     rows, (counters, arrays) = rows_of(directory / "episodes.csv"), checkpoint(directory)
     assert {row["length"] for row in rows} == {"100"} and arrays["['agent'].num_updates"] == 200
     assert {0.0, 5.0} <= set(np.unique(arrays["['buffer'].rows.cost"]).tolist()) and counters["step"] == 1000
+    again = run(place, "--resume", directory, "--total-timesteps", "2000", script=place / "reach.py", **QUICK)
+    assert SUMMARY.search(again.stdout).group(1, 4) == ("2,000", "2")
 
 
 LOADED = example("docs/your_own.md", "a trained agent acts")
 
 
 def test_a_loaded_agent_acts(place, point):
-    finished = command(place, "-c", f"run_dir = {str(point.dir)!r}\n" + LOADED)
+    kept = "benchmark/pretrained/laptop_PointGoal1"
+    assert LOADED.count(kept) == 1 and (ROOT / kept).is_dir()
+    finished = command(place, "-c", LOADED.replace(kept, str(point.dir)))
     assert finished.returncode == 0, finished.stderr
     numbers = re.fullmatch(r"return, cost, length so far: (\S+) (\S+) (\S+)\n", finished.stdout).groups()
     assert np.isfinite(float(numbers[0])) and float(numbers[2]) == 250.0
