@@ -748,7 +748,6 @@ def play(args, env, stream, index, episode):
     Transition without leading axes, and its simulator steps. An episode that cannot begin counts as used."""
     (low, high), bounds = ((space.low, space.high) for space in (env.action_space, env.observation_space))
     see = lambda obs: np.array(obs if args.obs_transform == "raw" else transform_obs(obs, *bounds), np.float32)
-    shape = env.observation_space.shape
     row, steps, failed = None, 0, 0
     while True:
         try:
@@ -770,9 +769,9 @@ def play(args, env, stream, index, episode):
                 reward, cost, done = reward + float(more_reward), cost + float(more_cost), terminated or truncated
                 if done:
                     break
-            if np.shape(raw) != shape:
-                raise ValueError(f"its observations must be of one shape, {shape}, not {np.shape(raw)}")
             before, obs = obs, see(raw)
+            if obs.shape != before.shape:
+                raise ValueError(f"its observations must be of one shape, {before.shape}, not {obs.shape}")
             row = Transition(before, action, reward, cost, obs, terminated, done)
         episode += 1
 

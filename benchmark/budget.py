@@ -3,8 +3,8 @@
     python benchmark/keep.py runs/RUN ... --to benchmark/results/budget
     python benchmark/budget.py
 
-Every run in --results is a row: budget, seed, cost of its last 100 training episodes, and what --evaluate played at its
-end, or its last evaluation where that was not run."""
+Every task and budget in --results is a row: cost of the last 100 training episodes, and what --evaluate played at a
+run's end, or its last evaluation where that was not run."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from plot import RESULTS, interval
+from plot import CELLS, RESULTS, STYLE, WIDTH, by_rule, markdown, save, task_name
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def last_evaluation(path):
+    """The last evaluation's episodes in a kept file: the split and step of its last row."""
+    episodes = rows(path)
+    split, step = episodes[-1]["split"], episodes[-1]["step"]
+    return [row for row in episodes if (row["split"], row["step"]) == (split, step)]
+
+
 def read_runs(folder):
     """A dict for each kept run with a budget, in the order of task, budget and seed."""
     found = []
@@ -40,61 +47,74 @@ def read_runs(folder):
         args, stem = json.loads(path.read_text())["args"], path.name.removesuffix("_args.json")
         if args.get("cost_budget") is None:
             continue
-        episodes, last = rows(folder / f"{stem}_episodes.csv"), rows(folder / f"{stem}_numbers.csv")[-1]
-        split, step = episodes[-1]["split"], episodes[-1]["step"]
-        played = [row for row in episodes if (row["split"], row["step"]) == (split, step)]
+        played, last = last_evaluation(folder / f"{stem}_episodes.csv"), rows(folder / f"{stem}_numbers.csv")[-1]
         found.append({
-            "task": args["env_id"].removeprefix("Safety").removesuffix("-v0"), "budget": args["cost_budget"],
-            "seed": args["seed"], "step": int(step), "training": float(last["train/cost"]),
+            "task": task_name(args["env_id"]), "budget": args["cost_budget"], "seed": args["seed"],
+            "step": int(played[-1]["step"]), "training": float(last["train/cost"]),
             "lambda": float(last["lagrangian/lambda"]),
             "return": [float(row["return"]) for row in played], "cost": [float(row["cost"]) for row in played]})
     return sorted(found, key=lambda run: (run["task"], run["budget"], run["seed"]))
 
 
-def write_table(path, runs):
-    lines = ["| task | budget | seed | cost of the last 100 training episodes | cost | return | episodes | last λ |",
-             "|---|---|---|---|---|---|---|---|"]
+def by_budget(runs):
+    """{(task, budget): its runs}, in their order."""
+    found = defaultdict(list)
     for run in runs:
-        cost, reward = (f"{np.mean(run[name]):.1f} [{low:.1f}, {high:.1f}]" for name in ("cost", "return")
-                        for low, high in [interval(run[name])])
-        lines.append(f"| {run['task']} | {run['budget']:g} | {run['seed']} | {run['training']:.1f} | {cost} | {reward} "
-                     f"| {len(run['cost'])} | {run['lambda']:.2g} |")
-    path.write_text("\n".join(lines) + "\n")
+        found[run["task"], run["budget"]].append(run)
+    return found
 
 
+def table_of_budgets(runs):
+    """A line per task and budget, in Markdown."""
+    lines = []
+    for (task, asked), here in by_budget(runs).items():
+        training, multiplier = ([run[name] for run in here] for name in ("training", "lambda"))
+        cost, reward = ([np.mean(run[name]) for run in here] for name in ("cost", "return"))
+        lines.append([task, f"{asked:g}", str(len(here)), *(by_rule(values, "{:.1f}") for values in
+                      (training, cost, reward)), ", ".join(str(len(run["cost"])) for run in here),
+                      by_rule(multiplier, "{:.2g}")])
+    head = ["task", "budget", "seeds", "cost of the last 100 training episodes", "cost", "return", "episodes", "last λ"]
+    return markdown(head, lines) + f"\n{CELLS}\n"
+
+
+@plt.rc_context(STYLE)
 def draw(path, runs):
-    """A column per task: return above, cost below, each run at its budget; on the line got is what was asked for."""
-    by_task, budgets = defaultdict(list), sorted({run["budget"] for run in runs})
-    for run in runs:
-        by_task[run["task"]].append(run)
-    figure, axes = plt.subplots(2, len(by_task), figsize=(0.8 + 2.6 * len(by_task), 5.2), sharex=True, squeeze=False)
-    for (above, below), (task, here) in zip(axes.T, by_task.items()):
+    """A row per task: return on the left, cost on the right; on the grey line a run costs what it was asked to."""
+    tasks, budgets = list(dict.fromkeys(run["task"] for run in runs)), sorted({run["budget"] for run in runs})
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(WIDTH, 0.6 + 2.6 * len(tasks)), squeeze=False,
+                                layout="constrained")
+    for (left, right), task in zip(axes, tasks):
+        here = [run for run in runs if run["task"] == task]
         asked = [run["budget"] for run in here]
-        for axis, name in ((above, "return"), (below, "cost")):
-            bars = [abs(interval(run[name]) - np.mean(run[name])) for run in here]
-            axis.errorbar(asked, [np.mean(run[name]) for run in here], np.transpose(bars), fmt="o", color="tab:blue",
-                          capsize=3, label="evaluation episodes at the end")
-        below.plot(asked, [run["training"] for run in here], "s", mfc="none", color="tab:orange",
-                   label="last 100 training episodes")
-        below.plot([1.5, 40], [1.5, 40], "-", color="0.6", lw=1, label="as asked")
-        below.set(xscale="log", yscale="log", xlabel="--cost-budget", ylim=(0.5, 80))
-        below.set_xticks(budgets, [f"{x:g}" for x in budgets])
-        below.set_yticks([1, 2, 5, 10, 25, 50], ["1", "2", "5", "10", "25", "50"])
-        below.minorticks_off()
-        above.set_title(task, fontsize=10)
-    axes[0, 0].set_ylabel("return")
-    axes[1, 0].set_ylabel("cost per episode")
-    axes[1, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        for axis, name in ((left, "return"), (right, "cost")):
+            axis.plot(asked, [np.mean(run[name]) for run in here], "o", color="tab:blue",
+                      label="evaluation at the end")
+            for (of, budget), same in by_budget(here).items():
+                if len(same) >= 3:
+                    axis.plot(budget, np.mean([np.mean(run[name]) for run in same]), "_", color="tab:blue",
+                              markersize=22, markeredgewidth=2.2)
+            axis.set(xscale="log", xlim=(budgets[0] / 1.5, budgets[-1] * 1.5), xlabel="cost asked for (--cost-budget)",
+                     title=f"{task}: evaluation {name}")
+            axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        left.set_ylim(0, 1.1 * max(np.mean(run["return"]) for run in here))
+        right.plot(asked, [run["training"] for run in here], "s", markerfacecolor="none", color="tab:orange",
+                   markersize=8, label="last 100 training episodes")
+        right.axline((1, 1), (10, 10), color="0.6", linewidth=1, label="as asked")
+        right.set(yscale="log", ylim=(0.8, 60), title=f"{task}: cost of an episode")
+        right.set_yticks([1, 2, 5, 10, 25, 50], ["1", "2", "5", "10", "25", "50"])
+        right.minorticks_off()
+        right.legend(loc="upper left")
+    save(figure, path, "Each mark: one seed. A thick dash: the mean, where there are three seeds or more. Both cost "
+         "axes are logarithmic.")
 
 
 def main(options):
     runs = read_runs(options.results)
     if not runs:
         raise SystemExit(f"{options.results} has no run with a --cost-budget: keep some with benchmark/keep.py")
-    write_table(options.table, runs)
+    options.table.write_text(table_of_budgets(runs))
     draw(options.picture, runs)
     print(options.table.read_text(), end="")
 

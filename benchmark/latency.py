@@ -19,14 +19,16 @@ import time
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import spowl_continuous as spowl
 import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
+from plot import STYLE, WIDTH, save
 
 COLUMNS = ("acts", "samples", "depth", "times_policy", "episodes", "return", "return_std", "cost", "cost_std",
            "balance")
@@ -85,6 +87,43 @@ def played(script, args, agent, ask):
     values = {name: [episode[name] for episode in found] for name in ("return", "cost", "balance")}
     return [len(found), *(round(float(function(values[name])), 4) for name in ("return", "cost")
                         for function in (np.mean, np.std)), round(float(np.mean(values["balance"])), 4)]
+
+
+@plt.rc_context(STYLE)
+def draw(path, picture):
+    """Time of a decision against samples, a line per depth, from the rows of a csv that played no episodes; then one
+    from those that did: what the same agent returns and costs with other planners."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    timed = [row for row in rows if row["acts"] == "plan or policy" and row["episodes"] == "0"]
+    who = [row for row in rows if row["episodes"] != "0"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
+    for depth, marker in zip(sorted({int(row["depth"]) for row in timed}), "osD^"):
+        points = [(int(row["samples"]), float(row["times_policy"])) for row in timed if int(row["depth"]) == depth]
+        left.plot(*zip(*points), marker=marker, label=f"{depth} agent steps deep")
+    left.axhline(1, color="0.6", linewidth=1, label="the policy alone")
+    samples, ticks = sorted({int(row["samples"]) for row in timed}), [1, 3, 10, 30, 100, 300, 1000]
+    left.set(xscale="log", yscale="log", xlabel="sequences scored per iteration", ylim=(0.7, 1500),
+             title="time of a decision, in decisions of the policy")
+    left.set_xticks(samples, map(str, samples))
+    left.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    left.minorticks_off()
+    left.legend(loc="center right")
+    names = ["the policy alone" if row["acts"] == "policy" else f"{row['samples']} samples, {row['depth']} steps"
+             for row in who]
+    places = np.arange(len(who))
+    for offset, name, color in ((-0.2, "return", "tab:blue"), (0.2, "cost", "tab:orange")):
+        bars = right.barh(places + offset, [float(row[name]) for row in who], 0.38, color=color, label=name)
+        right.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=7)
+    right.set_yticks(places, names)
+    right.invert_yaxis()
+    right.set(xlim=(0, 36), title=f"return and cost, {who[0]['episodes']} evaluation episodes" if who else "")
+    right.legend(loc="upper right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, axis="both" if axis is left else "x")
+    save(figure, picture, "One agent, one environment. Left: a mark is the median of 50 decisions on one core; both "
+         "axes are logarithmic. Right: a bar is the mean over the same episodes for all; chance alone moves the return "
+         "by about 1 and the cost by about 2.")
 
 
 def main(options):

@@ -5,16 +5,16 @@
 
 Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are
 taken, in its order and with its labels, what is missing is called "not run", and all three files are
-benchmark/results/{grid}_{scale}.* unless they are named. A thin line is a seed, the thick one the mean
-over those seeds that reached the step, the band its 95% bootstrap interval, dotted (from five seeds on) the
-interquartile mean. Where a run was judged by --evaluate, these episodes stand for its last evaluation. --paper puts the
-figures of the paper's Table 1 beside ours."""
+benchmark/results/{grid}_{scale}.* unless they are named. What a line, a band and a mark mean stands under each picture
+(RULE), what a table's cell means under each table (CELLS). Where a run was judged by --evaluate, these episodes stand
+for its last evaluation. --paper puts the figures of the paper's Table 1 beside ours."""
 
 import csv
 import dataclasses
 import itertools
 import json
 import math
+import textwrap
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -33,9 +33,20 @@ COLORS = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2] 
 COLUMNS = ("exp_name", "env_id", "seed", "step", "episodes", "return", "return_std", "cost", "cost_std", "cost_rate",
            "balance", "no_improvement", "hours")
 LATER = COLUMNS[-2:]  # older tables lack them
-TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost rate",
-          "total_cost": "cost of all training so far", "balance": "balance (share of plans executed)",
-          "no_improvement": "steps with too few feasible plans"}
+TITLES = {"return": "evaluation return", "cost": "evaluation cost", "cost_rate": "training cost per step",
+          "total_cost": "cost of all training", "balance": "share of plans executed",
+          "no_improvement": "too few feasible plans"}
+MARKERS = "osD^vPXp"
+WIDTH, DPI = 8, 130  # inches; a page shows a picture about 800 pixels wide, so that a point is 1.4 of its pixels
+STYLE = {"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
+MANY = 50  # episodes from which on an evaluation is marked by a ring
+LIMIT = "Dashed at 25: the cost limit that OmniSafe's baselines use."
+RULE = ("Thin line: one seed. Thick line: the mean, where there are three seeds or more. Band, from five seeds on: 95% "
+        "bootstrap interval of the mean. Small dot: an evaluation of fewer than 50 episodes (10 or 20). Ring: of 50 or "
+        "more.")
+CELLS = "One or two seeds: their values; three or more: their mean (and range)."
+WITHOUT_REPEAT = ("baselines/ppo_lagrangian.py", "baselines/cpo.py", "baselines/cvpo.py")  # the others: 5 times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +152,16 @@ def read_rows(path):
         raise SystemExit(f"--csv {path} is not a table that this program wrote: {error}")
 
 
-def grid_of(rows):
-    """The rows themselves as a grid: every name a setting, every task."""
+def grid_of(rows, title="", panels=PANELS[:4], labels=None):
+    """The rows themselves as a grid: every name a setting, with its label where there is one, every task."""
     names, tasks = (tuple(dict.fromkeys(row[name] for row in rows)) for name in ("exp_name", "env_id"))
-    return Grid("", PANELS[:4], tasks, tuple(sorted({row["seed"] for row in rows})), {},
-                {name: {"label": name} for name in names})
+    return Grid(title, panels, tasks, tuple(sorted({row["seed"] for row in rows})), {},
+                {name: {"label": (labels or {}).get(name, name)} for name in names})
+
+
+def task_name(env_id):
+    """A task's name on a page: SafetyPointGoal1-v0 is PointGoal1."""
+    return env_id.removeprefix("Safety").removesuffix("-v0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,78 +185,150 @@ def interval(values):
     return tuple(map(float, result.confidence_interval))
 
 
-def interquartile_mean(values):
-    """Mean of the middle half."""
-    return float(scipy.stats.trim_mean(values, 0.25))
+def shared_steps(seeds):
+    """Steps at which every seed that came so far has a value, three at least: there a mean is of the same runs."""
+    steps = sorted({step for values in seeds.values() for step in values})
+    running = {step: [values for values in seeds.values() if max(values) >= step] for step in steps}
+    return [step for step in steps if len(running[step]) >= 3 and all(step in values for values in running[step])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The picture
 # ----------------------------------------------------------------------------------------------------------------------
-def draw(rows, grid, path, cost_line):
-    """Learning curves: a row of panels per task, a colour per setting."""
-    figure, axes = plt.subplots(len(grid.tasks), len(grid.panels), squeeze=False, sharex=True, layout="constrained",
-                                figsize=(4 * len(grid.panels), 0.5 + 2.9 * len(grid.tasks)))
-    for task, line in zip(grid.tasks, axes):
-        for name, axis in zip(grid.panels, line):
-            for color, (setting, entry) in zip(itertools.cycle(COLORS), grid.settings.items()):
-                draw_setting(axis, by_seed(rows, task, setting, name), color, entry["label"])
-            if name == "cost" and cost_line > 0:
-                axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
-            is_share = name in ("balance", "no_improvement")
-            axis.set_ylim(min(0, axis.get_ylim()[0]) if name == "return" else 0, 1.03 if is_share else None)
-            axis.set(title=TITLES[name] if task == grid.tasks[0] else "")
-            axis.set(xlabel="simulator steps" if task == grid.tasks[-1] else "")
-            axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1000:g}k")
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel(task if len(grid.tasks) > 1 else "")
-        if len(grid.settings) <= 5:  # more would hide the curves
-            line[0].legend(frameon=False, fontsize="small")
-    if len(grid.settings) > 5:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
-    tasks = ", ".join(grid.tasks) if len(grid.tasks) == 1 else ""
-    figure.align_ylabels()
-    figure.suptitle(": ".join(text for text in (grid.title, tasks) if text))
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+def save(figure, path, rule):
+    """The picture with small text under it that says what its lines and marks mean."""
+    figure.supxlabel(textwrap.fill(rule, 155), x=0.01, ha="left", fontsize=7, color="0.25")
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
 
 
-def draw_setting(axis, seeds, color, label):
-    """One setting's seeds, their mean, its interval and, where there are enough, the interquartile mean."""
-    if not seeds:
-        axis.plot([], [], color=color, alpha=0.35, label=f"{label} (not run)")
-        return
-    steps = sorted({step for values in seeds.values() for step in values})
-    there = [np.array([values[step] for values in seeds.values() if step in values]) for step in steps]
-    for values in seeds.values():
-        axis.plot(*zip(*sorted(values.items())), color=color, alpha=0.3, linewidth=0.8)
-    axis.plot(steps, [values.mean() for values in there], color=color, linewidth=2.2,
-              label=f"{label} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})")
-    axis.fill_between(steps, *zip(*map(interval, there)), color=color, alpha=0.12, linewidth=0)
-    if len(seeds) >= 5:
-        axis.plot(steps, list(map(interquartile_mean, there)), color=color, linewidth=1.2, linestyle=":")
+def step_text(step):
+    """300k, 2M."""
+    return f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1000:g}k" if step else "0"
 
 
-def draw_tradeoff(rows, grid, path, printed):
-    """Return against cost at the end: a colour per setting, a panel per task; hollow: the paper's."""
-    figure, axes = plt.subplots(1, len(grid.tasks), squeeze=False, layout="constrained",
-                                figsize=(2.8 + 3.2 * len(grid.tasks), 3.6))
-    for task, axis in zip(grid.tasks, axes[0]):
+def step_axis(axis, first, last, spread):
+    """Simulator steps from first to last; logarithmic where short runs stand beside long ones."""
+    if spread:
+        axis.set_xscale("log")
+        axis.set_xticks([step for step in (3e4, 1e5, 3e5, 1e6, 3e6) if first <= step <= last])
+        axis.minorticks_off()
+        axis.set_xlim(first / 1.2, last * 1.2)
+    else:
+        axis.set_xlim(0, 1.03 * last)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_formatter(lambda step, _: step_text(step))
+    axis.grid(alpha=0.3)
+
+
+@plt.rc_context(STYLE)
+def draw(rows, grid, path, cost_line):
+    """Learning curves: panels for each task, a colour per setting, above them who it is and how many seeds."""
+    columns = 2 if len(grid.tasks) == 1 and len(grid.panels) == 4 else len(grid.panels)
+    lines, height = math.ceil(len(grid.panels) / columns), 1.9 if columns < 4 else 1.25  # inches, as all that follows
+    width, longest = (WIDTH - 0.1) / columns, max(len(entry["label"]) for entry in grid.settings.values())
+    entries = [[setting for setting in grid.settings if last_step(rows, task, setting)] for task in grid.tasks]
+    heads = [0.35 + 0.17 * math.ceil(len(each) / (2 if longest > 24 else 3)) for each in entries]
+    total = 0.3 + sum(heads) + len(grid.tasks) * lines * (height + 0.5) + 0.6
+    figure, top = plt.figure(figsize=(WIDTH, total)), total - 0.3  # places by hand: automatic ones take seconds
+    figure.text(0.5, 1 - 0.12 / total, grid.title, ha="center", va="center", fontsize=10, fontweight="bold")
+    for task, head in zip(grid.tasks, heads):
+        places = [(0.45 + column * width, top - head - line * (height + 0.5) - 0.2 - height)
+                  for line in range(lines) for column in range(columns)]
+        axes = [figure.add_axes((x / WIDTH, y / total, (width - 0.5) / WIDTH, height / total)) for x, y in places]
+        draw_task(axes[:len(grid.panels)], rows, grid, task, cost_line)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, title=task_name(task), title_fontproperties={"weight": "bold", "size": 9},
+                      alignment="left", loc="upper left", bbox_to_anchor=(0, top / total),
+                      ncols=2 if longest > 24 else 3)
+        top -= head + lines * (height + 0.5)
+    figure.text(0.5, (top - 0.02) / total, "simulator steps", ha="center", va="top")
+    dashed = cost_line == 25 and "cost" in grid.panels
+    save(figure, path, f"{RULE} {LIMIT}" if dashed else RULE)
+
+
+def draw_task(axes, rows, grid, task, cost_line):
+    """A task's panels."""
+    drawn = [row["step"] for row in rows if row["exp_name"] in grid.settings]
+    ends = {last_step(rows, where, setting) for where in grid.tasks for setting in grid.settings} - {0}
+    for name, axis in zip(grid.panels, axes):
         for color, (setting, entry) in zip(itertools.cycle(COLORS), grid.settings.items()):
-            at = {name: last_values(rows, task, setting, name) for name in ("cost", "return")}
-            axis.plot(at["cost"], at["return"], ".", color=color, alpha=0.4)
-            axis.plot(*([values.mean()] if len(values) else [] for values in at.values()), "o", color=color,
-                      label=entry["label"])
+            episodes = by_seed(rows, task, setting, "episodes") if name in ("return", "cost") else {}
+            draw_setting(axis, by_seed(rows, task, setting, name), color, entry["label"], episodes)
+        if name == "cost" and cost_line > 0:
+            axis.axhline(cost_line, color="black", linestyle="--", linewidth=1)
+        is_share = name in ("balance", "no_improvement")
+        axis.set_ylim(min(0, axis.get_ylim()[0]) if name == "return" else 0, 1.03 if is_share else None)
+        axis.set_title(TITLES[name])
+        if name == "total_cost":
+            axis.yaxis.set_major_formatter(lambda cost, _: step_text(cost))
+        step_axis(axis, min(drawn, default=1), max(drawn, default=1), max(ends, default=1) > 4 * min(ends, default=1))
+
+
+def draw_setting(axis, seeds, color, label, episodes):
+    """One setting's seeds, from three on their mean, from five on its interval; marks tell short evaluations from long
+    ones. Nothing where it was not run."""
+    if not seeds:
+        return
+    many, lines = len(seeds) >= 3, []
+    for seed, values in seeds.items():
+        steps = sorted(values)
+        at = lambda chosen: (chosen, [values[step] for step in chosen])
+        lines += axis.plot(*at(steps), color=color, alpha=0.5 if many else 0.9, linewidth=1.0)
+        short = [step for step in steps if 0 < episodes.get(seed, {}).get(step, 0) < MANY]
+        long = [step for step in steps if episodes.get(seed, {}).get(step, 0) >= MANY]
+        axis.plot(*at(short), ".", color=color, markersize=2.8, alpha=0.5 if many else 0.9)
+        axis.plot(*at(long), "o", color=color, markersize=4.5, markerfacecolor="none", clip_on=False)
+    steps = shared_steps(seeds)
+    there = [np.array([values[step] for values in seeds.values() if step in values]) for step in steps]
+    if there:
+        lines = axis.plot(steps, [values.mean() for values in there], color=color, linewidth=2.2)
+    if banded := [(step, *interval(values)) for step, values in zip(steps, there) if len(values) >= 5]:
+        axis.fill_between(*zip(*banded), color=color, alpha=0.15, linewidth=0)
+    lines[0].set_label(f"{label}: {len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
+
+
+@plt.rc_context(STYLE)
+def draw_tradeoff(rows, grid, path, printed):
+    """Return against cost at the end, a panel per task: ours filled, the paper's hollow."""
+    lines = max(2, math.ceil((len(grid.tasks) + 4) / 3))  # the first task's panel takes four places, the legend one
+    figure = plt.figure(layout="constrained", figsize=(WIDTH, 0.5 + 2.4 * lines))
+    places = figure.add_gridspec(lines, 3)
+    small = [places[line, column] for line in range(lines) for column in range(3) if line > 1 or column > 1]
+    axes, handles = [figure.add_subplot(place) for place in (places[:2, :2], *small[:len(grid.tasks)])], {}
+    for task, axis in zip(grid.tasks, axes):
+        for color, marker, (setting, entry) in zip(itertools.cycle(COLORS), itertools.cycle(MARKERS),
+                                                   grid.settings.items()):
+            points = np.array([last_values(rows, task, setting, name) for name in ("cost", "return")])  # (2, seeds)
+            look = dict(marker=marker, linestyle="none", color=color, markeredgecolor="white", markeredgewidth=0.6)
+            many = points.shape[1] >= 3
+            if many:
+                axis.plot(*points.mean(1, keepdims=True), **look, markersize=9, zorder=3)
+            axis.plot(*points, **look, markersize=4.5 if many else 6.5, zorder=4)  # last: nothing hides behind a mean
             theirs = [printed.get((task, name, algorithm(entry))) for name in ("cost", "return")]
             if all(theirs):
-                axis.plot(*([float(figures[0])] for figures in theirs), "o", color=color, fillstyle="none")
-        axis.set(title=task, xlabel="evaluation cost", xlim=(-2, None), ylim=(min(0, axis.get_ylim()[0]), None))
+                axis.plot(*([float(figures[0])] for figures in theirs), marker=marker, linestyle="none", color=color,
+                          fillstyle="none", markersize=8.5, markeredgewidth=1.3, zorder=2)
+            step = max(last_step(rows, each, setting) for each in grid.tasks)
+            ran = f"{step:,} steps" if step else "not run"
+            handles[f"{entry['label']}: {ran}"] = plt.Line2D([], [], **look, markersize=7)
+        axis.axvline(25, color="black", linestyle="--", linewidth=1, zorder=1)
+        axis.set_xscale("symlog", linthresh=1, linscale=0.4)
+        axis.set_xticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
+        axis.minorticks_off()
+        low, high = axis.get_ylim()
+        axis.set(xlim=(-0.4, 260), ylim=(min(0, low) - 1, high + 1.5))  # marks lie whole inside
+        axis.set_title(task_name(task), fontweight="bold")
+        axis.set(xlabel="evaluation cost", ylabel="evaluation return")
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("evaluation return")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), title="hollow: the paper's" if printed else None,
-                  frameon=False, loc="outside right upper")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    if printed:
+        handles["hollow: the paper's, 5,000,000 steps"] = plt.Line2D([], [], marker="o", linestyle="none", color="0.3",
+                                                                     fillstyle="none", markersize=8.5)
+    axes[-1].axis("off")
+    axes[-1].legend(handles.values(), handles.keys(), loc="center", fontsize=7.5, labelspacing=0.7)
+    save(figure, path, "Filled: ours. One seed or two: a mark for each. Three or more: a large mark is the mean, a "
+         f"small one a seed. Better is up and to the left. Cost is logarithmic above 1. In brackets: "
+         f"a system's own cost limit. {LIMIT}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,12 +352,29 @@ def last_values(rows, task, setting, name):
     return np.array([values[step] for values in by_seed(rows, task, setting, name).values() if step in values])
 
 
+def by_rule(values, form, factor=1):
+    """CELLS as text, each number in that format: one value or two themselves, of more mean and range; none: a dash."""
+    show = lambda value: form.format(factor * value)
+    if len(values) < 3:
+        return ", ".join(map(show, values)) or "—"
+    mean, low, high = map(show, (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def cell(values, name):
-    """Mean ± standard deviation over seeds, in the table's unit, or "not run"."""
-    if not len(values):
-        return "not run"
-    show = lambda value: FORMATS[name].format(FACTORS.get(name, 1) * value)
-    return f"{show(values.mean())} ± {show(values.std())}" if len(values) > 1 else show(values[0])
+    """A column's values over seeds, in the table's unit."""
+    return by_rule(values, FORMATS[name], FACTORS.get(name, 1))
+
+
+def not_run(rows, grid):
+    """What of the grid has no rows, in one line: tasks that lack the same settings together."""
+    lacking = defaultdict(list)
+    for task in grid.tasks:
+        lacks = [entry["label"] for setting, entry in grid.settings.items() if not last_step(rows, task, setting)]
+        lacking["; ".join(lacks)].append(task_name(task))
+    parts = [f"{', '.join(tasks)} ({labels})" if len(grid.tasks) > 1 else labels
+             for labels, tasks in lacking.items() if labels]
+    return f"\nNot run: {'; '.join(parts)}.\n" if parts else ""
 
 
 def markdown(header, lines):
@@ -278,17 +383,19 @@ def markdown(header, lines):
 
 
 def table_of_settings(rows, grid):
-    """A line per task and setting: the last evaluation, mean ± population standard deviation over seeds."""
+    """A line per task and setting that was run: the last evaluation."""
     lines, steps = [], set()
     for task in grid.tasks:
         for setting, entry in grid.settings.items():
-            values = {name: last_values(rows, task, setting, name) for name in grid.panels}
-            lines.append([task] * (len(grid.tasks) > 1) + [entry["label"], str(len(values[grid.panels[0]])),
-                                                           *(cell(values[name], name) for name in grid.panels)])
-            steps |= {last_step(rows, task, setting)} - {0}
+            if step := last_step(rows, task, setting):
+                values = {name: last_values(rows, task, setting, name) for name in grid.panels}
+                lines.append([task_name(task)] * (len(grid.tasks) > 1) + [
+                    entry["label"], str(len(values[grid.panels[0]])),
+                    *(cell(values[name], name) for name in grid.panels)])
+                steps.add(step)
     head = ["task"] * (len(grid.tasks) > 1) + ["setting", "seeds", *(HEADINGS[name] for name in grid.panels)]
     at = " or ".join(f"{step:,}" for step in sorted(steps)) or "no"
-    return markdown(head, lines) + f"\nAt {at} steps; mean ± population standard deviation over seeds.\n"
+    return markdown(head, lines) + not_run(rows, grid) + f"\nAt {at} steps. {CELLS}\n"
 
 
 def read_paper(path):
@@ -307,20 +414,21 @@ def algorithm(entry):
 
 
 def table_beside_paper(rows, grid, printed):
-    """Table 1: a line per task and setting, the paper's figures and ours, with our steps and hours."""
+    """Table 1: a line per task and setting that was run, the paper's figures and ours, and what ours came from."""
     names, lines = ("return", "cost", "cost_rate"), []
     for task in grid.tasks:
         for setting, entry in grid.settings.items():
-            theirs = [" ± ".join(printed.get((task, name, algorithm(entry)), "—")) for name in names]
-            ours = [cell(last_values(rows, task, setting, name), name) for name in names]
-            hours, step = last_values(rows, task, setting, "hours"), last_step(rows, task, setting)
-            lines.append([task, entry["label"], *theirs, *ours, f"{step:,}" if step else "—",
-                          cell(hours, "hours") if len(hours) else "—",
-                          str(len(last_values(rows, task, setting, "return")))])
-    head = ["task", "", *(f"paper: {HEADINGS[name]}" for name in names), *(f"ours: {HEADINGS[name]}" for name in names),
-            "steps", "hours", "seeds"]
-    return markdown(head, lines) + ("\nThe paper's figures are after 5,000,000 steps; mean ± population standard "
-                                    "deviation over seeds.\n")
+            if step := last_step(rows, task, setting):
+                theirs = [" ± ".join(printed.get((task, name, algorithm(entry)), "—")) for name in names]
+                ours = {name: last_values(rows, task, setting, name) for name in (*names, "hours")}
+                sees = "bins" if (grid.flags | entry["flags"]).get("preset") == "laptop" else "raw lidar"
+                repeat = 1 if entry["script"] in WITHOUT_REPEAT else 5
+                beside = [text for name, paper in zip(names, theirs) for text in (paper, cell(ours[name], name))]
+                lines.append([task_name(task), entry["label"], *beside, sees, str(repeat), f"{step:,}",
+                              cell(ours["hours"], "hours"), str(len(ours["return"]))])
+    head = ["task", "", *(f"{who}: {HEADINGS[name]}" for name in names for who in ("paper", "ours")),
+            "observations", "action repeat", "steps", "hours", "seeds"]
+    return markdown(head, lines) + not_run(rows, grid) + f"\nThe paper's are after 5,000,000 steps. {CELLS}\n"
 
 
 def main(options):

@@ -26,10 +26,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import spowl_continuous as spowl
 from baselines import ppo_lagrangian
+from plot import STYLE, WIDTH, save
 
 SIZES = {"paper": {}, "laptop": spowl.PRESETS["laptop"]}
 PARTS = ("update", "plan", "env_step", "cycle", "growth")
@@ -292,6 +293,8 @@ def measure_on_policy(env_id, count=3):
 # ----------------------------------------------------------------------------------------------------------------------
 GROWTH = {"plan": {"num_envs": (5, 10, 20), "num_samples": (256, 512, 1024), "horizon": (2, 3, 6), "num_q": (3, 5, 10)},
           "update": {"batch_size": (128, 256, 512), "horizon": (2, 3, 6), "num_q": (3, 5, 10)}}
+WORDS = {"num_envs": "environments", "num_samples": "samples", "horizon": "steps deep", "num_q": "heads",
+         "batch_size": "sequences in a batch"}
 
 
 def grown(args, part):
@@ -360,32 +363,44 @@ def show(row):
             f"{number(peak, '8.0f'):>8} MiB")
 
 
+def part_name(row):
+    """A measured part in words."""
+    part = row["part"].replace("cycle", "all in turn").replace("env_step", "simulators")
+    part = part.replace("Safety", "on ").replace("-v0", "")
+    return f"{part}, {row['size']} preset" if "simulators" in part else f"{part}, {row['size']} sizes"
+
+
+@plt.rc_context(STYLE)
 def draw(rows, path):
-    """Shares of the ceiling on the left; on the right, how time grows, both axes relative to the size's own point."""
-    figure, (left, *right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    """Shares of the ceiling above; below, how time grows, both axes relative to the size's own point."""
+    figure, axes = plt.subplot_mosaic([["bars", "bars"], list(GROWTH)], figsize=(WIDTH, 5.6), layout="constrained")
+    top = axes.pop("bars")
     parts = [row for row in rows if row["share_of_ceiling"] and "=" not in row["part"] and row["part"] != "ceiling"]
-    labels = [f"{row['size']} {row['part']}".replace("env_step", "env_step*") for row in parts]
-    left.barh(labels, [100 * row["share_of_ceiling"] for row in parts])
-    left.set(title="share of the ceiling, %", xlim=(0, 100), xlabel="* of what the simulators do alone")
-    left.grid(axis="x", alpha=0.3)
-    left.invert_yaxis()
-    for axis, part in zip(right, GROWTH):
+    bars = top.barh(list(map(part_name, parts)), [100 * row["share_of_ceiling"] for row in parts])
+    top.bar_label(bars, fmt="{:.0f}%", padding=2, fontsize=7.5)
+    top.set(title="share of what the machine can do, %", xlim=(0, 100))
+    top.grid(axis="x", alpha=0.3)
+    top.invert_yaxis()
+    for part, axis in axes.items():
         for size in dict.fromkeys(row["size"] for row in rows):
             curves = defaultdict(list)
             for row in rows:
                 kind, _, setting = row["part"].partition(" ")
                 if row["size"] == size and kind == part and "=" in setting:
                     curves[setting.split("=")[0]].append((int(setting.split("=")[1]), row["seconds"]))
-            for color, (name, points) in enumerate(curves.items()):
+            for color, (marker, (name, points)) in enumerate(zip("osD^vP", curves.items())):
                 base, seconds = points[1]
                 axis.plot([x / base for x, _ in points], [y / seconds for _, y in points], color=f"C{color}",
-                          marker="o", linestyle="-" if size == "paper" else "--", label=f"{name} ({size})")
+                          marker=marker, markersize=4.5, linewidth=1, label=f"{WORDS.get(name, name)} ({base})")
         axis.axline((0, 0), slope=1, color="black", linewidth=0.6)
-        axis.set(title=f"{part}: time", xlabel="size, relative to that of the run", xlim=(0, 2.1), ylim=(0, 2.5))
+        axis.set(title=f"time of {'an' if part[0] in 'aeiou' else 'a'} {part}", xlim=(0, 2.1), ylim=(0, 2.5),
+                 xlabel="size, in sizes of the run", ylabel="time, in times of the run")
         axis.grid(alpha=0.3)
-        if axis.lines[1:]:
-            axis.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=110)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="upper left")
+    save(figure, path, "Each bar and mark: the median of several measurements in one run on one machine. Networks are "
+         "compared with a large matrix product, simulators with simulators that do nothing else. Below, one size is "
+         "changed at a time (in brackets: what it is in the run); on the black line time grows as the size does.")
 
 
 def read_rows(path):

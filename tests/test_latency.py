@@ -32,6 +32,20 @@ def test_who_acts_alone_has_the_same_flags(script):
     assert {name: getattr(ARGS, name) for name in vars(args)} == vars(args)
 
 
+def test_a_picture(tmp_path, monkeypatch):
+    """Rows without episodes by depth on the left, those with on the right; who plans alone is not drawn."""
+    (tmp_path / "t.csv").write_text("acts,samples,depth,times_policy,episodes,return,return_std,cost,cost_std,balance\n"
+                                    "policy,,,1.0,0,,,,,\nplan or policy,8,3,20,0,,,,,\nplan or policy,8,6,40,0,,,,,\n"
+                                    "plan,8,6,44,0,,,,,\nplan or policy,16,6,80,0,,,,,\npolicy,,,1.0,2,22,1,5,2,0\n"
+                                    "plan or policy,16,6,80,2,23,1,4,2,0.5\n")
+    figures = []
+    monkeypatch.setattr(latency.plt, "close", figures.append)
+    latency.draw(tmp_path / "t.csv", tmp_path / "p.png")
+    left, right = figures[0].axes
+    assert [line.get_xydata().tolist() for line in left.lines[:2]] == [[[8, 20]], [[8, 40], [16, 80]]]
+    assert [bar.get_width() for bar in right.patches] == [22, 23, 5, 4]
+
+
 def test_a_comparison(tmp_path):
     """The policy first, by which the others are measured; who acts is seen from the balance."""
     agent, table = ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path / "t.csv"

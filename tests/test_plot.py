@@ -1,5 +1,6 @@
-"""benchmark/plot.py: from runs to rows, means and intervals over seeds, tables; the committed pictures and tables."""
+"""benchmark/plot.py: from runs to rows, means and intervals over seeds, tables, what is drawn of how many seeds."""
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -16,7 +17,6 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import plot
 from grid import Grid, read_grid
 
-RESULTS = ROOT / "benchmark" / "results"
 PAPER = ROOT / "benchmark" / "paper_table1.csv"
 
 
@@ -31,14 +31,20 @@ ROWS = [row("full", 1, 50, 10.0, 60.0), row("full", 1, 100, 20.0, 40.0, 0.04, 0.
         row("full", 3, 50, 99.0, 99.0), row("other", 1, 100, -0.04, 0.0, 0.0133, 1.0)]
 GRID = Grid("a title", ("return", "cost", "cost_rate", "balance"), ("SafetyPointGoal1-v0",), (1, 2, 3),
             {"total-timesteps": 100},
-            {"full": {"label": "full agent"}, "absent": {"label": "nobody ran it"}, "other": {"label": "other"}})
+            {name: {"label": label, "script": script, "flags": flags} for name, label, script, flags in (
+                ("full", "full agent", "spowl_continuous.py", {"preset": "laptop"}),
+                ("absent", "nobody ran it", "baselines/cpo.py", {}), ("other", "other", "baselines/cpo.py", {}))})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Over seeds
 # ----------------------------------------------------------------------------------------------------------------------
-def test_interquartile_mean_is_the_mean_of_the_middle_half():
-    assert plot.interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, -50])) == (2 + 3 + 4 + 5) / 4
+def test_a_mean_is_of_the_same_runs_at_every_step():
+    """Seeds evaluated at other steps too, one of them stopped early: only where all that came so far have a value."""
+    seeds = {1: {60: 0.0, 120: 0.0, 180: 0.0}, 2: {20: 0.0, 60: 0.0, 120: 0.0, 160: 0.0, 180: 0.0},
+             3: {60: 0.0, 120: 0.0, 180: 0.0}, 4: {60: 0.0}}
+    assert plot.shared_steps(seeds) == [60, 120, 180]
+    assert plot.shared_steps({seed: seeds[seed] for seed in (1, 2)}) == []  # two seeds have no mean
 
 
 def test_interval_of_two_seeds_by_enumeration():
@@ -57,34 +63,64 @@ def test_interval_of_many_seeds_is_the_normal_one():
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 # ----------------------------------------------------------------------------------------------------------------------
+def test_numbers_over_seeds():
+    """None, one, two: as they are, in the order of the seeds; three: (20.04 + 24.8 + 25) / 3 = 23.28, and the range."""
+    values = np.array([20.04, 24.8, 25.0])
+    assert [plot.by_rule(values[:count], "{:.1f}") for count in range(4)] == [
+        "—", "20.0", "20.0, 24.8", "23.3 (20.0 to 25.0)"]
+    assert plot.cell(np.array([0.0123, 0.02, 0.0177]), "cost_rate") == "167 (123 to 200)"  # 0.05 / 3 = 0.016667
+    assert plot.cell(np.array([1.0, 1.0, 1.0]), "balance") == "100%"
+
+
 def test_table_of_settings_by_hand():
-    """Seed 3 did not reach the last step and does not count; what is missing says so."""
+    """Seed 3 did not reach the last step and does not count; what is missing stands in one line at the end."""
     lines = plot.table_of_settings(ROWS, GRID).splitlines()
-    assert lines[2:5] == ["| full agent | 2 | 21.5 ± 1.5 | 45.0 ± 5.0 | 450 ± 50 | 60% ± 10% |",
-                          "| nobody ran it | 0 | not run | not run | not run | not run |",
-                          "| other | 1 | -0.0 | 0.0 | 133 | 100% |"]
-    assert lines[-1] == "At 100 steps; mean ± population standard deviation over seeds."
+    assert lines[2:] == ["| full agent | 2 | 20.0, 23.0 | 40.0, 50.0 | 400, 500 | 50%, 70% |",
+                         "| other | 1 | -0.0 | 0.0 | 133 | 100% |", "", "Not run: nobody ran it.", "",
+                         f"At 100 steps. {plot.CELLS}"]
 
 
 def test_settings_that_ended_elsewhere():
-    """Each at its own last step."""
+    """Each at its own last step; all were run."""
     lines = plot.table_of_settings([*ROWS, row("absent", 1, 250, 7.0, 8.0)], GRID).splitlines()
-    assert lines[3] == "| nobody ran it | 1 | 7.0 | 8.0 | 500 | 60% |" and lines[-1].startswith("At 100 or 250 steps;")
+    assert lines[3] == "| nobody ran it | 1 | 7.0 | 8.0 | 500 | 60% |" and lines[-1].startswith("At 100 or 250 steps.")
+    assert not any("Not run" in line for line in lines)
+
+
+def test_what_was_not_run_by_task():
+    """Tasks that lack the same stand together."""
+    grid = GRID._replace(tasks=(*GRID.tasks, "SafetyCarGoal1-v0", "SafetyPointPush1-v0"))
+    assert plot.not_run(ROWS, grid) == (
+        "\nNot run: PointGoal1 (nobody ran it); CarGoal1, PointPush1 (full agent; nobody ran it; other).\n")
 
 
 def test_table_beside_the_paper():
-    """The paper's figures by a label up to its comma; what it has not, and what was not run, says so."""
+    """The paper's figures by a label up to its comma; what an agent sees and repeats, by its script and preset."""
     labels = {"full": "SPOWL, ours", "absent": "CPO(25)", "other": "nobody's"}
-    grid = GRID._replace(settings={name: {"label": label} for name, label in labels.items()})
+    grid = GRID._replace(settings={name: GRID.settings[name] | {"label": label} for name, label in labels.items()})
     lines = plot.table_beside_paper(ROWS, grid, plot.read_paper(PAPER)).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines[:-2]]
-    assert cells[0] == ["", "paper: return", "paper: cost", "paper: cost rate ×10⁴", "ours: return", "ours: cost",
-                        "ours: cost rate ×10⁴", "steps", "hours", "seeds"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:-4]]
+    assert cells[0] == ["task", "", "paper: return", "ours: return", "paper: cost", "ours: cost",
+                        "paper: cost rate ×10⁴", "ours: cost rate ×10⁴", "observations", "action repeat", "steps",
+                        "hours", "seeds"]
     assert cells[2:] == [
-        ["SPOWL, ours", "26.9 ± 0.4", "1.5 ± 1.1", "133 ± 2", "21.5 ± 1.5", "45.0 ± 5.0", "450 ± 50", "100",
-         "50.0 ± 0.0", "2"],
-        ["CPO(25)", "19.2 ± 3.0", "31.0 ± 5.8", "275 ± 21", "not run", "not run", "not run", "—", "—", "0"],
-        ["nobody's", "—", "—", "—", "-0.0", "0.0", "133", "100", "50.0", "1"]]
+        ["PointGoal1", "SPOWL, ours", "26.9 ± 0.4", "20.0, 23.0", "1.5 ± 1.1", "40.0, 50.0", "133 ± 2", "400, 500",
+         "bins", "5", "100", "50.0, 50.0", "2"],
+        ["PointGoal1", "nobody's", "—", "-0.0", "—", "0.0", "—", "133", "raw lidar", "1", "100", "50.0", "1"]]
+    assert lines[-3:] == ["Not run: CPO(25).", "", f"The paper's are after 5,000,000 steps. {plot.CELLS}"]
+
+
+@pytest.mark.parametrize("scale", ["two_cores", "paper"])
+def test_what_agents_see_and_repeat_is_what_their_scripts_do(scale):
+    """Table 1's columns against the scripts' own defaults and presets."""
+    grid = read_grid(ROOT / "benchmark" / "grids" / "table1.yaml", scale)
+    rows = [row(name, 1, 100, 0.0, 0.0) for name in grid.settings]
+    table = plot.table_beside_paper(rows, grid._replace(tasks=("SafetyPointGoal1-v0",)), {}).splitlines()[2:]
+    for (_, entry), line in zip(grid.settings.items(), table):
+        script = importlib.import_module(entry["script"].removesuffix(".py").replace("/", "."))
+        flags = vars(script.Args()) | getattr(script, "PRESETS", {}).get(entry["flags"].get("preset"), {})
+        sees = {"bins": "bins", "raw": "raw lidar"}[flags["obs_transform"]]
+        assert f"| {sees} | {flags['action_repeat']} |" in line
 
 
 def test_cost_of_all_training():
@@ -93,15 +129,54 @@ def test_cost_of_all_training():
                                                                        3: {50: 2.5}}
 
 
+def drawn_by(monkeypatch, draw, *arguments):
+    """The figure that a function drew."""
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    draw(*arguments)
+    return figures[0]
+
+
 def test_tradeoffs(tmp_path, monkeypatch):
-    """A point at the mean of the seeds, a hollow one for the paper's figures, none for what is not there."""
-    drawn = []
-    monkeypatch.setattr(plot.plt, "close", drawn.append)
-    grid = GRID._replace(settings={"full": {"label": "SPOWL"}, "absent": {"label": "CPO(25)"}, "other": {"label": "x"}})
-    plot.draw_tradeoff(ROWS, grid, tmp_path / "p.png", plot.read_paper(PAPER))
-    lines = [[line.get_xydata().tolist() for line in drawn[0].axes[0].lines if line.get_fillstyle() == style
-              and line.get_marker() == "o"] for style in ("full", "none")]
-    assert lines == [[[[45.0, 21.5]], [], [[0.0, -0.04]]], [[[1.5, 26.9]], [[31.0, 19.2]]]]
+    """A mark for each of two seeds, of three their mean too; hollow the paper's; none for what is not there."""
+    labels = {"full": "SPOWL", "absent": "CPO(25)", "other": "x"}
+    grid = GRID._replace(settings={name: GRID.settings[name] | {"label": label} for name, label in labels.items()})
+    rows = [*ROWS, row("other", 2, 100, 3.0, 6.0), row("other", 3, 100, 6.04, 3.0)]  # means 3.0 and 3.0
+    figure = drawn_by(monkeypatch, plot.draw_tradeoff, rows, grid, tmp_path / "p.png", plot.read_paper(PAPER))
+    marks = [line for line in figure.axes[0].lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    points = [[line.get_xydata().tolist() for line in marks if (line.get_fillstyle() == "none") == hollow]
+              for hollow in (False, True)]
+    assert points[0][0] == [[40.0, 20.0], [50.0, 23.0]]
+    assert np.allclose(points[0][1], [[3.0, 3.0]]) and points[0][2] == [[0.0, -0.04], [6.0, 3.0], [3.0, 6.04]]
+    assert len(points[0]) == 3 and points[1] == [[[1.5, 26.9]], [[31.0, 19.2]]]
+    texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert texts == ["SPOWL: 100 steps", "CPO(25): not run", "x: 100 steps", "hollow: the paper's, 5,000,000 steps"]
+
+
+@pytest.mark.parametrize("seeds, thick, band", [(1, 0, 0), (2, 0, 0), (3, 1, 0), (4, 1, 0), (5, 1, 1)])
+def test_what_is_drawn_of_how_many_seeds(seeds, thick, band, tmp_path, monkeypatch):
+    """Thin lines always, a mean from three seeds on, a band from five on; ten and fifty episodes differ."""
+    rows = [row("full", seed, step, seed + step, 1.0) | {"episodes": 50 if step == 100 else 10}
+            for seed in range(seeds) for step in (50, 100)]
+    figure = drawn_by(monkeypatch, plot.draw, rows, GRID, tmp_path / "p.png", 25)
+    axis = figure.axes[0]
+    plain = [line for line in axis.lines if line.get_marker() == "None"]
+    widths = [line.get_linewidth() for line in plain if line.get_linestyle() == "-"]
+    assert sorted(widths) == [1.0] * seeds + [2.2] * thick and len(axis.collections) == band
+    marks = {line.get_marker(): line.get_xdata() for line in axis.lines if line.get_marker() != "None"}
+    assert marks == {".": [50], "o": [100]}
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"full agent: {seeds} seed" + "s" * (seeds > 1)]
+    assert figure.legends[0].get_title().get_text() == "PointGoal1"
+    assert "25: the cost limit that OmniSafe" in " ".join(figure.get_supxlabel().split())
+
+
+def test_short_runs_beside_long_ones(tmp_path, monkeypatch):
+    """Logarithmic where one setting ends after more than four times the steps of another."""
+    for last, scale in ((1_200_000, "linear"), (2_000_000, "log")):
+        rows = [row("full", 1, 300_000, 1.0, 1.0), row("other", 1, last, 1.0, 1.0)]
+        figure = drawn_by(monkeypatch, plot.draw, rows, GRID, tmp_path / "p.png", 25)
+        assert {axis.get_xscale() for axis in figure.axes} == {scale}
 
 
 def test_the_papers_table_is_whole():
@@ -262,28 +337,6 @@ def test_a_grid_chooses_its_runs(tmp_path):
     plot.main(options)
     assert [(line["seed"], line["step"]) for line in plot.read_rows(options.csv)] == [(1, 100), (1, 200), (2, 100),
                                                                                      (2, 200)]
-    assert "| full | 2 | 8.0 ± 0.0 | 0.0 ± 0.0 | 625 ± 0 | 75% ± 0% |" in options.table.read_text()
-    assert "| 1 | 0 | not run |" in options.table.read_text()
+    assert "| full | 2 | 8.0, 8.0 | 0.0, 0.0 | 625, 625 | 75%, 75% |" in options.table.read_text()
+    assert "\nNot run: 1.\n" in options.table.read_text()
     assert plt.imread(options.picture).ndim == 3
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is committed
-# ----------------------------------------------------------------------------------------------------------------------
-FIGURES = sorted(path for path in RESULTS.glob("*.csv") if path.with_suffix(".md").exists())
-
-
-@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.stem)
-def test_committed_results_come_from_the_committed_csv(path, tmp_path):
-    """Pictures to the pixel, table to the letter, the table also on its page."""
-    name, scale = path.stem.split("_", 1)
-    grid = ROOT / "benchmark" / "grids" / f"{name}.yaml"
-    paper, tradeoff = PAPER if name == "table1" else None, path.with_name(f"{path.stem}_tradeoff.png")
-    plot.main(plot.Options(csv=path, grid=grid, scale=scale, picture=tmp_path / "p.png", table=tmp_path / "t.md",
-                           paper=paper, tradeoff=tmp_path / "o.png" if tradeoff.exists() else None))
-    assert (tmp_path / "t.md").read_text() == path.with_suffix(".md").read_text()
-    pictures = {path.with_suffix(".png"): tmp_path / "p.png", tradeoff: tmp_path / "o.png"}
-    assert all(np.array_equal(plt.imread(made), plt.imread(kept)) for kept, made in pictures.items() if kept.exists())
-    names = read_grid(grid, scale).settings
-    assert {line["exp_name"] for line in plot.read_rows(path)} <= set(names)
-    assert path.with_suffix(".md").read_text() in (ROOT / "docs" / "results" / f"{name}.md").read_text()

@@ -1,0 +1,129 @@
+"""Inside runs: what their last episodes cost, the multiplier and the critic on the way, when training was paid for.
+
+Pictures of what benchmark/keep.py kept of runs, and of the totals of benchmark/plot.py; benchmark/pictures.py makes
+them."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+from budget import last_evaluation, rows
+from plot import LIMIT, STYLE, WIDTH, save, step_axis, step_text, task_name
+
+EDGES = (0, 1, 5, 10, 25, 50, np.inf)
+BINS = ("0", "1 to 4", "5 to 9", "10 to 24", "25 to 49", "50 up")
+STRETCHES = (60_000, 120_000, 180_000, 240_000, 300_000)  # where each ends; every run was evaluated there
+
+
+def kept_runs(*folders):
+    """(folder, file names' beginning, flags) of each run kept in them."""
+    for folder in folders:
+        for path in sorted(folder.glob("*_args.json")):
+            yield folder, path.name.removesuffix("_args.json"), json.loads(path.read_text())["args"]
+
+
+def run_name(args):
+    """What run it is: task, steps and budget."""
+    budget = "" if args.get("cost_budget") is None else f", budget of {args['cost_budget']:g}"
+    return f"{task_name(args['env_id'])}, {args['total_timesteps']:,} steps{budget}"
+
+
+def share_of_episodes(costs):
+    """Percent of episodes in each of BINS."""
+    return 100 * np.histogram(costs, EDGES)[0] / len(costs)
+
+
+@plt.rc_context(STYLE)
+def draw_episode_costs(folders, path):
+    """How many episodes of the last evaluation cost how much, a panel per kept run."""
+    runs = sorted(kept_runs(*folders), key=lambda run: (run[2]["env_id"], run[2].get("cost_budget") or 0))
+    lines = -(-len(runs) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(WIDTH, 0.5 + 2.1 * lines), squeeze=False, sharey=True,
+                                layout="constrained")
+    for axis, (folder, stem, args) in zip(axes.ravel(), runs):
+        costs = [float(row["cost"]) for row in last_evaluation(folder / f"{stem}_episodes.csv")]
+        bars = axis.bar(BINS, share_of_episodes(costs), color="tab:blue", width=0.85)
+        axis.bar_label(bars, fmt="{:.0f}%", fontsize=7.5)
+        axis.axvline(3.5, color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{run_name(args)}: mean {np.mean(costs):.1f}")
+        axis.text(0.98, 0.93, f"{len(costs)} episodes\nworst {max(costs):g}", transform=axis.transAxes, ha="right",
+                  va="top")
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.3, axis="y")
+    for axis in axes.ravel()[len(runs):]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel("cost of an episode")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("% of episodes")
+    save(figure, path, f"Each panel: the last evaluation of one run, one seed. A step inside a hazard costs 1. {LIMIT}")
+
+
+@plt.rc_context(STYLE)
+def draw_multiplier_and_critic(folder, path):
+    """Over each kept run: the multiplier, and the cost critic's value read beside the cost that followed."""
+    runs = list(kept_runs(folder))
+    figure, axes = plt.subplots(3, len(runs), figsize=(WIDTH, 6.6), squeeze=False, sharey="row", layout="constrained")
+    for column, (_, stem, args) in zip(axes.T, runs):
+        numbers = rows(folder / f"{stem}_numbers.csv")
+        curve = lambda tag: zip(*((int(row["step"]), float(row[tag])) for row in numbers if row[tag]))
+        top, *below = column
+        top.plot(*curve("lagrangian/lambda"), color="black", marker=".", markersize=4, linewidth=0.8)
+        for axis, where in zip(below, ("before_1", "outside")):
+            for what, label, color, marker in (("followed", "discounted cost that followed", "tab:orange", "s"),
+                                               ("read", "Qᶜ read there", "tab:blue", "o")):
+                axis.plot(*curve(f"critic/{what}_{where}"), color=color, marker=marker, markersize=3.5, linewidth=0.8,
+                          label=label)
+        top.set_title(run_name(args), fontweight="bold")
+        for axis in column:
+            step_axis(axis, 0, int(numbers[-1]["step"]), False)
+            axis.set_ylim(0, None)
+        column[-1].set_xlabel("simulator steps")
+    for axis, label in zip(axes[:, 0], ("multiplier λ", "one agent step\nbefore a hazard is entered",
+                                        "agent steps that\nbegin outside hazards")):
+        axis.set_ylabel(label)
+    axes[1, 0].legend(loc="upper right")
+    save(figure, path, "Each line: one seed. Each mark: an evaluation of 10 episodes; none where no hazard was entered."
+         " A critic that is right has both lines in one place. The agent enters what it overlooks: there Qᶜ reads too "
+         "little.")
+
+
+def costs_by_stretch(totals):
+    """What was paid in each of STRETCHES, from what all training had cost until then, {step: total}."""
+    return np.diff([0, *(totals[step] for step in STRETCHES)])
+
+
+@plt.rc_context(STYLE)
+def draw_training_costs(agents, path):
+    """What training cost, stacked by stretches of steps: of each (label, {seed: {step: total}}) a bar for each of two
+    seeds, or one for the mean of more."""
+    bars, place = [], 0.0  # (place, costs, label)
+    for label, seeds in agents:
+        costs = [costs_by_stretch(totals) for totals in seeds.values()]
+        many = len(costs) >= 3
+        for number, paid in enumerate([np.mean(costs, axis=0)] if many else costs):
+            name = f"{label}, mean of {len(costs)} seeds" if many else label
+            bars.append((place, paid, "" if number else name))
+            place += 0.9
+        place += 0.4
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.2 * place), layout="constrained")
+    places, paid, labels = zip(*bars)
+    paid = np.array(paid)  # (bars, stretches)
+    left = np.zeros(len(bars))
+    for costs, end, before, color in zip(paid.T, STRETCHES, (0, *STRETCHES), ("C3", "C1", "C8", "C2", "C0")):
+        axis.barh(places, costs, left=left, color=color, height=0.8,
+                  label=f"{step_text(before)} to {step_text(end)} steps")
+        left += costs
+    for place, costs in zip(places, paid):
+        share = 100 * costs[0] / costs.sum()
+        axis.text(costs.sum() + 300, place, f"{costs.sum():,.0f}, {share:.0f}% in the first fifth", va="center",
+                  fontsize=7.5)
+    axis.set_yticks(places, labels)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.35 * left.max()), xlabel="cost of all training")
+    axis.xaxis.set_major_formatter(lambda cost, _: f"{cost:,.0f}")
+    axis.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=7.5)
+    save(figure, path, "Two seeds: a bar for each. Three or more: a bar for the mean. The number: the whole bar, and "
+         "how much of it the first 60,000 of 300,000 steps cost.")

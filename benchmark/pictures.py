@@ -1,0 +1,153 @@
+"""Every picture and every table of benchmark/results/ again, from the csv files there; each table also into its page.
+
+    python benchmark/pictures.py                         # all
+    python benchmark/pictures.py fig6_two_cores.png      # some
+
+PICTURES and TABLES say what is made of what; NOT_MADE which pictures are not made here, and why."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import budget
+import inside
+import latency
+import plot
+import speed
+import tyro
+from grid import read_grid
+from plot import RESULTS
+
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs" / "results"
+FIGURES = ("fig3", "fig4", "fig6", "fig7", "fig8", "fig9")
+THREE = ("return", "cost", "cost_rate")  # for agents that never plan, or always
+LEARNING = {  # csv of learning curves: title, panels, names for people
+    "laptop": ("The laptop preset", plot.PANELS[:4], {
+        "laptop": "the preset", "larger planner": "the preset with twice the planner"}),
+    **{f"laptop_{task}": ("With and without the multiplier", plot.PANELS[:4], {
+        "laptop": "SPOWL", "lambda0": "without the multiplier (λ = 0)"})
+       for task in ("CarGoal1", "PointGoal2", "PointButton1", "PointPush1")},
+    "laptop_ablation": ("What matters in the preset", plot.PANELS[:4], {
+        "laptop": "the preset", "larger planner": "twice the planner",
+        "larger planner 3 steps deep": "twice the planner's samples",
+        "larger planner with paper's cost discount": "twice the planner, paper's cost discount",
+        "larger planner with symlog read-out": "twice the planner, symlog read-out",
+        "larger planner with log lidar": "twice the planner, log lidar",
+        "larger planner with raw lidar": "twice the planner, raw lidar"}),
+    "laptop_controller": ("A controller in the place of the ramp", plot.PANELS[:4], {
+        "laptop": "the ramp", "controller": "the controller"}),
+    "laptop_default_lagrangian": ("The recipe before", plot.PANELS[:4], {
+        "laptop_default_lagrangian": "the paper's schedule"}),
+    "laptop_lagrangian_trials": ("Three faster multipliers", plot.PANELS[:4], {
+        "slow_ramp": "slow ramp", "steep_ramp": "steep ramp", "max_targets": "max targets"}),
+    "laptop_trials": ("Trials with log lidar", plot.PANELS[:4], {
+        "annealed_step_sizes": "step sizes that fall to 0", "cost_gamma_0.9": "a cost horizon of 10 steps",
+        "cost_weights_1": "cost losses ten times as heavy",
+        "cost_weights_1_plans_of_6": "heavy cost losses, plans of 6 steps",
+        "cost_weights_1_update_per_step": "heavy cost losses, an update per step",
+        "early_ramp": "the ramp twice as early",
+        "more_updates_smaller_planner": "an update per step, smaller planner", "plan_horizon_3": "plans of 3 steps"}),
+    "tdmpc2_laptop": ("TD-MPC2", THREE, {"TD-MPC2 laptop": "laptop preset"}),
+    "safedreamer_laptop": ("SafeDreamer", THREE, {
+        "laptop preset": "BSRP-Lag", "half the updates": "BSRP-Lag, half the updates", "osrp_lag": "OSRP-Lag",
+        "osrp_lag, pid-max 0.1": "OSRP-Lag, the paper's cap on λ"}),
+    "cpo_25": ("CPO, cost limit 25", THREE, {
+        "cpo_25": "2M steps, seed 2 on to 5M", "cpo_25_5M": "5M steps from scratch"}),
+    "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "2M steps"}),
+    "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {"ppo_lagrangian_2": "2M steps"}),
+    "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
+        "ppo_lagrangian_25": "2M steps", "ppo_lagrangian_25_5M": "5M steps"}),
+}
+NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a trained agent makes of them"}
+
+
+@dataclass(frozen=True)
+class Options:
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """files of benchmark/results/ to make (default: all)"""
+
+
+def two_cores(name):
+    """A grid and its rows."""
+    return plot.read_rows(RESULTS / f"{name}_two_cores.csv"), read_grid(HERE / "grids" / f"{name}.yaml", "two_cores")
+
+
+def draw_grid(name, path):
+    """Learning curves of a grid."""
+    plot.draw(*two_cores(name), path, 25)
+
+
+def draw_learning(name, path):
+    """Learning curves of an entry of LEARNING."""
+    title, panels, labels = LEARNING[name]
+    rows = plot.read_rows(RESULTS / f"{name}.csv")
+    plot.draw(rows, plot.grid_of(rows, title, panels, labels), path, 25)
+
+
+def training_costs():
+    """(label, {seed: {step: cost of all training so far}}) on each task, with and without a constraint."""
+    rows, grid = two_cores("table1")
+    for task in grid.tasks:
+        name = plot.task_name(task)
+        yield f"{name}: SPOWL", plot.by_seed(rows, task, "laptop", "total_cost")
+        if name == "PointGoal1":
+            yield f"{name}: TD-MPC2, no constraint", plot.by_seed(rows, task, "laptop_tdmpc2", "total_cost")
+        else:
+            without = plot.read_rows(RESULTS / f"laptop_{name}.csv")
+            yield f"{name}: SPOWL, λ = 0", plot.by_seed(without, task, "lambda0", "total_cost")
+
+
+def paper():
+    """The paper's Table 1."""
+    return plot.read_paper(HERE / "paper_table1.csv")
+
+
+PICTURES = {  # file: what draws it to a path
+    **{f"{name}_two_cores.png": partial(draw_grid, name) for name in (*FIGURES, "table1")},
+    **{f"{name}.png": partial(draw_learning, name) for name in LEARNING},
+    "table1_two_cores_tradeoff.png": lambda path: plot.draw_tradeoff(*two_cores("table1"), path, paper()),
+    "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
+    "episode_costs.png": partial(inside.draw_episode_costs, (RESULTS / "million", RESULTS / "budget")),
+    "lambda_and_critic.png": partial(inside.draw_multiplier_and_critic, RESULTS / "million"),
+    "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),
+    "latency.png": partial(latency.draw, RESULTS / "latency.csv"),
+    "speed_two_cores.png": lambda path: speed.draw(speed.read_rows(RESULTS / "speed_two_cores.csv"), path),
+}
+TABLES = {  # file: the name of page and markers, and what gives its text
+    **{f"{name}_two_cores.md": (name, lambda name=name: plot.table_of_settings(*two_cores(name))) for name in FIGURES},
+    "table1_two_cores.md": ("table1", lambda: plot.table_beside_paper(*two_cores("table1"), paper())),
+    "budget.md": ("budget", lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget"))),
+}
+
+
+def between_markers(text, name, table):
+    """A page's text with the table between <!-- name --> and <!-- end -->; SystemExit where it has no such place."""
+    begin = f"<!-- {name} -->\n"
+    place = re.compile(re.escape(begin) + ".*?<!-- end -->", re.DOTALL)
+    page, found = place.subn(lambda _: f"{begin}{table}<!-- end -->", text)
+    if found != 1:
+        raise SystemExit(f"a page has {found} places for the table between {begin.strip()} and <!-- end -->")
+    return page
+
+
+def main(options):
+    """All pictures and tables, or those named."""
+    for name in options.names:
+        if name not in (*PICTURES, *TABLES):
+            raise SystemExit(f"{name} is not made here; known are {', '.join((*PICTURES, *TABLES))}")
+    chosen = options.names or (*PICTURES, *TABLES)
+    for name in PICTURES:
+        if name in chosen:
+            PICTURES[name](RESULTS / name)
+    for name, (place, table) in TABLES.items():
+        if name in chosen:
+            page = DOCS / f"{place}.md"
+            (RESULTS / name).write_text(table())
+            page.write_text(between_markers(page.read_text(), place, table()))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

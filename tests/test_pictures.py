@@ -1,0 +1,91 @@
+"""benchmark/pictures.py and inside.py: every committed picture and table is what the committed csv files give."""
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import inside
+import pictures
+import plot
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_committed_picture_is_what_the_command_draws(name, tmp_path):
+    """To the pixel."""
+    pictures.PICTURES[name](tmp_path / name)
+    assert np.array_equal(plt.imread(tmp_path / name), plt.imread(plot.RESULTS / name))
+
+
+def test_no_picture_has_another_source():
+    """Each png is made by the command, or it is said why not."""
+    assert {path.name for path in plot.RESULTS.glob("*.png")} == {*pictures.PICTURES, *pictures.NOT_MADE}
+    assert {path.name for path in plot.RESULTS.glob("*.md")} == {*pictures.TABLES}
+
+
+@pytest.mark.parametrize("name", pictures.TABLES)
+def test_a_committed_table_is_what_the_command_writes(name):
+    """To the letter, on its page too."""
+    page, table = pictures.TABLES[name]
+    assert (plot.RESULTS / name).read_text() == table()
+    assert f"<!-- {page} -->\n{table()}<!-- end -->" in (pictures.DOCS / f"{page}.md").read_text()
+
+
+def test_a_page_gets_its_table():
+    page = "before\n<!-- fig3 -->\n| old |\n<!-- end -->\nafter <!-- end -->\n"
+    assert pictures.between_markers(page, "fig3", "| a\\1 |\n") == (
+        "before\n<!-- fig3 -->\n| a\\1 |\n<!-- end -->\nafter <!-- end -->\n")
+    with pytest.raises(SystemExit, match="0 places"):
+        pictures.between_markers(page, "fig4", "")
+
+
+def test_what_is_not_made_is_refused():
+    with pytest.raises(SystemExit, match="nothing.png is not made here"):
+        pictures.main(pictures.Options(("nothing.png",)))
+
+
+@pytest.mark.parametrize("name", pictures.LEARNING)
+def test_names_are_for_people(name):
+    """No names of runs, no two settings with the same name; labels are of what is in the csv."""
+    title, panels, labels = pictures.LEARNING[name]
+    rows = plot.read_rows(plot.RESULTS / f"{name}.csv")
+    shown = [entry["label"] for entry in plot.grid_of(rows, title, panels, labels).settings.values()]
+    assert len(set(shown)) == len(shown) and not any(re.search(r"_|lambda0", label) for label in shown)
+    assert set(labels) <= {row["exp_name"] for row in rows}
+
+
+def test_one_agent_has_one_number():
+    """The preset on PointGoal1: five seeds, the same rows in every table that has it."""
+    of_preset = lambda name: [row for row in plot.read_rows(plot.RESULTS / f"{name}.csv")
+                              if (row["exp_name"], row["env_id"]) == ("laptop", "SafetyPointGoal1-v0")]
+    key = lambda row: (row["seed"], row["step"], row["return"], row["cost"], row["cost_rate"])
+    expected = sorted(map(key, of_preset("laptop")))
+    assert len({seed for seed, *_ in expected}) == 5
+    for name in ("fig6_two_cores", "fig7_two_cores", "fig8_two_cores", "fig9_two_cores", "table1_two_cores",
+                 "laptop_ablation"):
+        assert sorted(map(key, of_preset(name))) == expected
+
+
+def test_share_of_episodes():
+    """Eight episodes by hand; an edge belongs to what begins there."""
+    costs = [0, 0, 1, 5, 9, 25, 50, 300]
+    assert inside.share_of_episodes(costs).tolist() == [25, 12.5, 25, 0, 12.5, 25]
+
+
+def test_costs_by_stretch():
+    """What was paid between the ends of stretches; other evaluations do not matter."""
+    totals = {20_000: 9.0, 60_000: 10.0, 120_000: 13.0, 180_000: 15.0, 240_000: 15.0, 300_000: 19.0}
+    assert inside.costs_by_stretch(totals).tolist() == [10, 3, 2, 0, 4]
+
+
+def test_training_costs_by_hand():
+    """PointGoal2, seed 1 of SPOWL: 0.126067 a step until 60,000; PointGoal1 has five seeds and TD-MPC2 beside it."""
+    agents = dict(pictures.training_costs())
+    assert round(inside.costs_by_stretch(agents["PointGoal2: SPOWL"][1])[0]) == round(0.126067 * 60_000)
+    assert len(agents["PointGoal1: SPOWL"]) == 5 and len(agents["PointGoal1: TD-MPC2, no constraint"]) == 2
+    assert len(agents) == 10
