@@ -48,7 +48,7 @@ def draw_episode_costs(folders, path):
         axis.set_title(f"{run_name(args)}: mean {np.mean(costs):.1f}")
         axis.text(0.98, 0.93, f"{len(costs)} episodes\nworst {max(costs):g}", transform=axis.transAxes, ha="right",
                   va="top")
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, 112)
         axis.grid(alpha=0.3, axis="y")
     for axis in axes.ravel()[len(runs):]:
         axis.axis("off")
