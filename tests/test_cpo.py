@@ -396,6 +396,7 @@ def test_the_unconstrained_optimum_is_found(fast):
     assert 16.0 < float(metrics["lagrangian/cost"]) < 20.0
 
 
+@pytest.mark.long
 def test_a_policy_above_the_limit_comes_down(fast):
     """With the constraint in units of an episode, as a switch between reward and cost, it hovers about the limit."""
     args = dataclasses.replace(PRACTISE, constraint_scale="episode")

@@ -827,7 +827,7 @@ def test_a_small_run(small_run):
     counters, arrays = checkpoint(small_run.dir)
     assert counters["step"] == 2500 and arrays["['agent'].num_updates"] == 50
     assert np.abs(arrays["['buffer'].rows.action"]).max() <= 1.0
-    page = (ROOT / "docs" / "cvpo.md").read_text()
+    page = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("cvpo", "spowl_continuous"))
     assert {tag for tag in logged if f"`{tag}`" not in page} == set()
 
 

@@ -46,6 +46,7 @@ def test_a_picture(tmp_path, monkeypatch):
     assert [bar.get_width() for bar in right.patches] == [22, 23, 5, 4]
 
 
+@pytest.mark.long
 def test_a_comparison(tmp_path):
     """The policy first, by which the others are measured; who acts is seen from the balance."""
     agent, table = ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path / "t.csv"

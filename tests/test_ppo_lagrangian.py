@@ -726,7 +726,7 @@ def check_resumed(place, script, straight):
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(script), "--runs-dir", str(runs), *FLAGS]
     process = subprocess.Popen(words, cwd=place, env=environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
-    assert str(runs) in process.stdout.readline()
+    assert str(runs) in "".join(process.stdout.readline() for _ in range(2))
     time.sleep(0.5)  # it compiles, collects or learns: seconds are left
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=300)

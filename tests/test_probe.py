@@ -78,6 +78,7 @@ def test_constant_reward_with_truncation():
     assert np.allclose(q, 2.5, atol=0.15) and np.allclose(qc, 0.8333, atol=0.06)
 
 
+@pytest.mark.long
 def test_reward_and_cost_that_depend_on_the_observation():
     """One step each: reward is the sign of the state, its cost is 1 where the state is positive."""
     states, actions = random_columns(2, 120)
@@ -157,6 +158,7 @@ def test_the_limit_is_kept_at_most_of_the_safe_reward():
         assert 0.36 < reward <= 0.52 and cost < 0.1, paid
 
 
+@pytest.mark.long
 def test_without_a_multiplier_the_unsafe_best_is_found():
     """The same agent whose multiplier stays near 0 takes the best action at its cost."""
     agent = init_agent(ARGS, jax.random.key(3), 1, 1)

@@ -74,6 +74,7 @@ def test_decoding_goes_on_without_pictures():
     assert np.array_equal(other[:4], made[:4]) and not np.array_equal(other[4], made[4])
 
 
+@pytest.mark.long
 def test_a_picture_of_a_run(run, tmp_path, capsys):
     reconstruct.main(reconstruct.Options(run, tmp_path / "seen.png", seen=3, imagined=2))
     picture = np.asarray(Image.open(tmp_path / "seen.png"))

@@ -642,6 +642,7 @@ def learn(args, pay, blocks):
     return np.mean(paid[-20 * STEPS:], 0)
 
 
+@pytest.mark.long
 def test_what_was_seen_first_is_remembered(fast):
     """After the cue is gone every step pays cue times action: without memory nothing is better than 0."""
     reward, _ = learn(Args(**PROBE, cost_limit=100.0), lambda cue, action, step: (
@@ -805,7 +806,7 @@ def test_a_small_run(small_run, method):
     assert balance == ({0.0} if method == "bsrp_lag" else {1.0})
     counters, arrays = checkpoint(made.dir)
     assert counters["step"] == 2500 and arrays["['agent'].num_updates"] == 50
-    page = (ROOT / "docs" / "safedreamer.md").read_text()
+    page = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("safedreamer", "spowl_continuous"))
     assert {tag for tag in logged if f"`{tag}`" not in page} == set()
 
 

@@ -513,6 +513,7 @@ def start_and_evaluate(place, *flags):
     return process
 
 
+@pytest.mark.long
 def test_an_interrupted_run_says_how_to_go_on(place):
     """Ctrl-C: exit code 130 and one line, no traceback from the script or from its environments' processes."""
     process = start_and_evaluate(place, "--runs-dir", place / "interrupted", *POINT, "--total-timesteps", 50_000)
@@ -976,6 +977,7 @@ def test_presets_are_what_was_measured():
 # ----------------------------------------------------------------------------------------------------------------------
 # Episodes that end early; an environment of one's own
 # ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_ant_ends_early(place):
     """METHOD §2: Ant may terminate before 1000 steps, which reaches csv and buffer."""
     flags = "--env-id SafetyAntGoal1-v0 --total-timesteps 1500 --learning-starts 1500 --eval-episodes 1"
@@ -1031,8 +1033,16 @@ def test_a_registered_class_of_ones_own_trains(place):
     rows, (counters, arrays) = rows_of(directory / "episodes.csv"), checkpoint(directory)
     assert {row["length"] for row in rows} == {"100"} and arrays["['agent'].num_updates"] == 200
     assert {0.0, 5.0} <= set(np.unique(arrays["['buffer'].rows.cost"]).tolist()) and counters["step"] == 1000
-    again = run(place, "--resume", directory, "--total-timesteps", "2000", script=place / "reach.py", **QUICK)
-    assert SUMMARY.search(again.stdout).group(1, 4) == ("2,000", "2")
+
+
+def test_a_registered_class_takes_the_command_line(monkeypatch):
+    """So that what a stopped run says, "go on with --resume ...", works for it."""
+    asked = []
+    monkeypatch.setattr(spowl, "main", asked.append)
+    monkeypatch.setattr(sys, "argv", ["reach.py", "--resume", "runs/RUN"])
+    exec(compile(REGISTERED, "reach.py", "exec"), {"__name__": "__main__"})
+    assert asked == [["--env-id", "Reach-v0", "--preset", "laptop", "--resume", "runs/RUN"]]
+    spowl.import_safety_gymnasium().utils.registration.safe_registry.discard("Reach-v0")
 
 
 LOADED = example("docs/your_own.md", "a trained agent acts")

@@ -261,6 +261,7 @@ def test_decoder_without_weight_learns_what_the_full_agent_learns():
     assert leaves_equal(*learned)
 
 
+@pytest.mark.long
 def test_decoder_learns_to_reconstruct(decoder_model):
     """On one batch, with no consistency loss: a hundred updates more than halve the error."""
     args = decoder_args(decoder_coef=1.0, consistency_coef=0.0, batch_size=B, learning_rate=3e-3)
