@@ -1,4 +1,4 @@
-"""docs/your_own.md: an environment in JAX, by hand and by brute force; training in one compiled function, as the page
+"""docs/jax_environment.md: an environment in JAX, by hand and by brute force; training in one compiled function, as the page
 has it but for sizes. That it learns: python -m pytest -q -m long tests/test_jax_env.py"""
 import re
 from functools import partial
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_train import ROOT, example
 
-ENVIRONMENT = example("docs/your_own.md", "an environment in JAX")
-TRAINING, PRINTING = example("docs/your_own.md", "training in JAX").split("\ncycles = 100\n")
+ENVIRONMENT = example("docs/jax_environment.md", "an environment in JAX")
+TRAINING, PRINTING = example("docs/jax_environment.md", "training in JAX").split("\ncycles = 100\n")
 SMALLER = {"num_envs=20": "num_envs=3", "buffer_size=100_000": "buffer_size=60", "latent_dim=64": "latent_dim=16",
            "enc_dim=64": "enc_dim=8", "mlp_dim=64": "mlp_dim=8", "batch_size=128": "batch_size=4",
            "num_samples=32": "num_samples=6, num_bins=21, bootstrap_samples=20", "num_pi_trajs=8": "num_pi_trajs=2",
@@ -24,7 +24,7 @@ def page(changes):
         assert code.count(given) == 1, given
         code = code.replace(given, less)
     names = {}
-    exec(compile(code, "docs/your_own.md", "exec"), names)
+    exec(compile(code, "docs/jax_environment.md", "exec"), names)
     return names
 
 
