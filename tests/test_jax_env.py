@@ -1,4 +1,4 @@
-"""docs/jax_environment.md: an environment in JAX, by hand and by brute force; training in one compiled function, as the page
+"""docs/jax_environment.md: the environment by hand and by brute force; training in one compiled function, as the page
 has it but for sizes. That it learns: python -m pytest -q -m long tests/test_jax_env.py"""
 import re
 from functools import partial
