@@ -101,13 +101,14 @@ def draw(path, runs):
         left.set_ylim(0, 1.1 * max(np.mean(run["return"]) for run in here))
         right.plot(asked, [run["training"] for run in here], "s", markerfacecolor="none", color="tab:orange",
                    markersize=8, label="last 100 training episodes")
-        right.axline((1, 1), (10, 10), color="0.6", linewidth=1, label="as asked")
-        right.set(yscale="log", ylim=(0.8, 60), title=f"{task}: cost of an episode")
-        right.set_yticks([1, 2, 5, 10, 25, 50], ["1", "2", "5", "10", "25", "50"])
+        right.plot(*2 * [np.geomspace(*right.get_xlim(), 100)], color="0.6", linewidth=1, label="as asked")
+        right.set_yscale("symlog", linthresh=1)
+        right.set(ylim=(0, 60), title=f"{task}: cost of an episode")
+        right.set_yticks([0, 1, 2, 5, 10, 25, 50], ["0", "1", "2", "5", "10", "25", "50"])
         right.minorticks_off()
         right.legend(loc="upper left")
-    save(figure, path, "Each mark: one seed. A thick dash: the mean, where there are three seeds or more. Both cost "
-         "axes are logarithmic.")
+    save(figure, path, "Each mark: one seed. A thick dash: the mean, where there are three seeds or more. Costs "
+         "got are logarithmic above 1.")
 
 
 def main(options):
