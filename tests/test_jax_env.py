@@ -10,7 +10,7 @@ import pytest
 from test_train import ROOT, example
 
 ENVIRONMENT = example("docs/jax_environment.md", "an environment in JAX")
-TRAINING, PRINTING = example("docs/jax_environment.md", "training in JAX").split("\ncycles = 100\n")
+TRAINING, PRINTING = example("docs/jax_environment.md", "training in JAX").split("\ncycles = 40\n")
 SMALLER = {"num_envs=20": "num_envs=3", "buffer_size=100_000": "buffer_size=60", "latent_dim=64": "latent_dim=16",
            "enc_dim=64": "enc_dim=8", "mlp_dim=64": "mlp_dim=8", "batch_size=128": "batch_size=4",
            "num_samples=32": "num_samples=6, num_bins=21, bootstrap_samples=20", "num_pi_trajs=8": "num_pi_trajs=2",
@@ -139,7 +139,7 @@ def test_one_function_does_what_a_loop_does(small, trained):
 def test_it_learns():
     """As written: goals are reached, and the cost comes down to the budget of 10 (at random: 40 and more)."""
     names = page({})
-    _, returns, costs = jax.jit(names["train"], static_argnames="cycles")(jax.random.key(0), 100)
+    _, returns, costs = jax.jit(names["train"], static_argnames="cycles")(jax.random.key(0), 40)
     print(PRINTING, np.round(returns, 1).tolist(), np.round(costs, 1).tolist())
     assert re.search(r"budget=10\.0", TRAINING) and ROOT
     assert np.mean(returns[-10:]) > 4 and np.mean(costs[-10:]) < 14
