@@ -19,7 +19,6 @@ import tyro
 from grid import read_grid
 from plot import RESULTS
 
-
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "results"
 FIGURES = ("fig3", "fig4", "fig6", "fig7", "fig8", "fig9")
@@ -144,9 +143,9 @@ def main(options):
             PICTURES[name](RESULTS / name)
     for name, (place, table) in TABLES.items():
         if name in chosen:
-            page = DOCS / f"{place}.md"
-            (RESULTS / name).write_text(table())
-            page.write_text(between_markers(page.read_text(), place, table()))
+            page, text = DOCS / f"{place}.md", table()
+            (RESULTS / name).write_text(text)
+            page.write_text(between_markers(page.read_text(), place, text))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """docs/jax_environment.md: the environment by hand and by brute force; training in one compiled function, as the page
 has it but for sizes. That it learns: python -m pytest -q -m long tests/test_jax_env.py"""
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import ROOT, example
+from test_train import example
 
 ENVIRONMENT = example("docs/jax_environment.md", "an environment in JAX")
-TRAINING, PRINTING = example("docs/jax_environment.md", "training in JAX").split("\ncycles = 40\n")
+TRAINING = example("docs/jax_environment.md", "training in JAX").partition("\ncycles = 40\n")[0]
 SMALLER = {"num_envs=20": "num_envs=3", "buffer_size=100_000": "buffer_size=60", "latent_dim=64": "latent_dim=16",
            "enc_dim=64": "enc_dim=8", "mlp_dim=64": "mlp_dim=8", "batch_size=128": "batch_size=4",
            "num_samples=32": "num_samples=6, num_bins=21, bootstrap_samples=20", "num_pi_trajs=8": "num_pi_trajs=2",
@@ -80,11 +79,10 @@ def test_an_agent_step_by_hand(small):
 
 
 def test_a_goal_that_is_reached_pays_1_and_moves(small):
+    """At the third move of five, after 0.06 of way; the other two are 0.02 each, towards the next goal or away."""
     state, reward, _, _ = small["step"](state_at(small, (-0.15, 0.9), (0.0, 0.9)), jnp.array([1.0, 0.0]))
-    paths = [0.02 * k for k in range(1, 6)]
     assert not np.array_equal(state.goal, np.float32([0.0, 0.9])) and np.allclose(state.place, [-0.05, 0.9])
-    reached = next(k for k, path in enumerate(paths) if 0.15 - path < 0.1)  # at the third move, of five
-    assert reached == 2 and float(reward) > 1.0
+    assert abs(float(reward) - 1.06) < 0.041
 
 
 def test_walls_and_the_end(small):
@@ -140,6 +138,4 @@ def test_it_learns():
     """As written: goals are reached, and the cost comes down to the budget of 10 (at random: 40 and more)."""
     names = page({})
     _, returns, costs = jax.jit(names["train"], static_argnames="cycles")(jax.random.key(0), 40)
-    print(PRINTING, np.round(returns, 1).tolist(), np.round(costs, 1).tolist())
-    assert re.search(r"budget=10\.0", TRAINING) and ROOT
     assert np.mean(returns[-10:]) > 4 and np.mean(costs[-10:]) < 14

@@ -152,7 +152,6 @@ def test_an_episodes_last_step_is_not_learned_from(monkeypatch):
 def seen(monkeypatch):
     """The stacks that `act` encodes, as numbers: pictures of one value each."""
     stacks = []
-    monkeypatch.setattr(px, "encode", lambda args, model, obs: jnp.zeros((len(obs), 16)))
     monkeypatch.setattr(px, "decide", lambda args, model, policy, z, mean, key, explore: (
         jnp.zeros(2), mean, {name: jnp.zeros(()) for name in px.init_actor(args, key, 2).metrics}))
     act = px.act.__wrapped__
