@@ -863,7 +863,7 @@ from test_envs import Scripted, np, simulator, spowl
 
 class Endless(Scripted):
     def step(self, action):
-        print(os.getpid(), flush=True)
+        os.write(1, b"%d\\n" % os.getpid())  # in one piece: print may be cut in two where output is unbuffered
         time.sleep(100)
 
 spowl.import_safety_gymnasium = lambda: simulator(lambda name: Endless())
@@ -887,8 +887,9 @@ def test_a_process_dies_with_its_parent_whatever_it_does():
     as Ctrl-C sends it, they leave to their parent."""
     parent = subprocess.Popen([sys.executable, "-c", ORPHANS], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
                               text=True)
+    pids = []
     try:
-        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        pids += [int(parent.stdout.readline()) for _ in range(2)]
         assert len(set(pids)) == 2 and all(map(runs, pids))
         for pid in pids:
             ignored = int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
