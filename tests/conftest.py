@@ -1,21 +1,18 @@
 """Shared by the tests: the import path, checks that are on for all of them, small flags, random weights, and the
 networks of METHOD §3 once more, in float64 NumPy, as the reference that expected numbers come from."""
 import contextlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# read when JAX is imported, here and in the scripts that tests run: a large function compiles in less than half the time
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false",
-                                    "--xla_cpu_parallel_codegen_split_count=1"]).strip()
 
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.key_reuse import _core as key_reuse
 
@@ -26,6 +23,21 @@ key_reuse.key_reuse_signatures[jax.lax.transpose_p] = key_reuse.KeyReuseSignatur
 # (JAX does not know that a transposed key is the same key, and so refuses every scan over keys under vmap)
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 where there is a GPU
 jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the tests' time
+# and half of that these emitters of fusions
+EMITTERS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the same for a script that a test runs
+         "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in EMITTERS.items())}
+
+
+def compile_options(*args, original=compiler.get_compile_options, **kwargs):
+    """Where everything is optimised these emitters cost nothing, and the code is faster with them."""
+    options = original(*args, **kwargs)
+    if jax.config.read("jax_disable_most_optimizations"):
+        options.env_option_overrides = [*options.env_option_overrides, *EMITTERS.items()]
+    return options
+
+
+compiler.get_compile_options = compile_options
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
 
@@ -64,7 +76,8 @@ def compiled_quickly(request):
     """Scripts that this module's tests run compile as the tests do, but for the long ones."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.config.option.markexpr:
-            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+            for name, value in QUICK.items():
+                patch.setenv(name, value)
         yield
 
 

@@ -21,7 +21,7 @@ import scipy.stats
 from conftest import as_numpy, leaves_equal, random_weights, run_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import (HEED_SIGNALS, QUICK, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, scalars,
+from test_train import (HEED_SIGNALS, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, scalars,
                         train)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -813,7 +813,7 @@ critic/followed_outside time/env time/act time/update""".split()
 
 @pytest.fixture(scope="session")
 def small_run(place):
-    return train(place, *POINT, script=SCRIPT, **QUICK)
+    return train(place, *POINT, script=SCRIPT)
 
 
 def test_a_small_run(small_run):
@@ -833,7 +833,7 @@ def test_a_small_run(small_run):
 
 @pytest.mark.long
 def test_evaluation_plays_the_same_episodes_again(small_run, place):
-    run(place, "--evaluate", small_run.dir, script=SCRIPT, **QUICK)
+    run(place, "--evaluate", small_run.dir, script=SCRIPT)
     again, last = rows_of(small_run.dir / "evaluation.csv"), rows_of(small_run.dir / "episodes.csv")[-2:]
     assert [{column: row[column] for column in last[0]} for row in again] == last
     one_line(command(place, ROOT / "spowl_continuous.py", "--evaluate", small_run.dir), "was made by cvpo.py")
@@ -844,7 +844,7 @@ def test_interrupted_and_resumed_to_the_last_bit(small_run, place):
     """Ctrl-C after the first evaluation: exit status 130 and a checkpoint; it goes on to the same end."""
     runs = place / "cvpo_interrupted"
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(SCRIPT), "--runs-dir", str(runs), *POINT]
-    process = subprocess.Popen(words, cwd=place, env=environment() | QUICK, text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(words, cwd=place, env=environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     try:
         while not (line := process.stdout.readline()).startswith("step "):
@@ -856,7 +856,7 @@ def test_interrupted_and_resumed_to_the_last_bit(small_run, place):
     (directory,) = runs.iterdir()
     assert process.returncode == 130 and "Traceback" not in stderr and f"--resume {directory}" in stderr
     assert checkpoint(directory)[0]["step"] < 2500
-    run(place, "--resume", directory, script=SCRIPT, **QUICK)
+    run(place, "--resume", directory, script=SCRIPT)
     (counters, arrays), (others, expected) = checkpoint(directory), checkpoint(small_run.dir)
     assert {name for name in expected if not np.array_equal(arrays[name], expected[name])} == set()
     assert {**counters, "wall_time": 0} == {**others, "wall_time": 0}

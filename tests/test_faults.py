@@ -496,8 +496,9 @@ spowl.main([])"""
 def test_a_second_ctrl_c_ends_a_run_at_once():
     """Even while JAX computes, here for ever. The first signal is acknowledged when JAX gives control back."""
     process = subprocess.Popen([sys.executable, "-c", HEED_SIGNALS, sys.executable, "-c", COMPUTING],
-                               cwd=Path(SCRIPT).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    limit = threading.Timer(60.0, process.kill)  # a line that never comes must not hang the tests
+                               cwd=Path(SCRIPT).parent, env=environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    limit = threading.Timer(300.0, process.kill)  # a line that never comes must not hang the tests
     limit.start()
     try:
         assert process.stdout.readline() == "training\n"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from conftest import small_args
-from test_train import QUICK, ROOT, run
+from test_train import ROOT, run
 
 import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
@@ -51,7 +51,7 @@ def test_a_comparison(tmp_path):
     """The policy first, by which the others are measured; who acts is seen from the balance."""
     agent, table = ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path / "t.csv"
     run(tmp_path, agent, "--samples", 16, "--depths", 2, "--repeats", 3, "--alone", "--episodes",
-        1, "--csv", table, script=latency.__file__, **QUICK)
+        1, "--csv", table, script=latency.__file__)
     with open(table, newline="") as file:
         policy, either, plan = csv.DictReader(file)
     assert [row["acts"] for row in (policy, either, plan)] == ["policy", "plan or policy", "plan"]

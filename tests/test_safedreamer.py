@@ -19,7 +19,7 @@ import pytest
 from conftest import float64, leaves_equal, np_read_out, np_softmax, np_symlog, np_two_hot, random_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import (HEED_SIGNALS, QUICK, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, scalars,
+from test_train import (HEED_SIGNALS, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, scalars,
                         train)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -786,7 +786,7 @@ def small_run(place):
 
     def get(method):
         if method not in made:
-            made[method] = train(place, *POINT, "--method", method, script=SCRIPT, **QUICK)
+            made[method] = train(place, *POINT, "--method", method, script=SCRIPT)
         return made[method]
 
     return get
@@ -813,14 +813,14 @@ def test_a_small_run(small_run, method):
 @pytest.mark.long
 def test_a_small_run_from_pictures(place):
     flags = [*POINT, "--inputs", "vision", "--channels", "2", "--total-timesteps", "1000", "--capture-video"]
-    made = train(place, *flags, script=SCRIPT, **QUICK)
+    made = train(place, *flags, script=SCRIPT)
     assert np.isfinite(scalars(made.dir)["losses/reconstruction"][-1][1]) and list((made.dir / "videos").glob("*.mp4"))
 
 
 @pytest.mark.long
 def test_evaluation_plays_the_same_episodes_again(small_run, place):
     made = small_run("bsrp_lag")
-    run(place, "--evaluate", made.dir, script=SCRIPT, **QUICK)
+    run(place, "--evaluate", made.dir, script=SCRIPT)
     again, last = rows_of(made.dir / "evaluation.csv"), rows_of(made.dir / "episodes.csv")[-2:]
     assert [{column: row[column] for column in last[0]} for row in again] == last
     one_line(command(place, ROOT / "spowl_continuous.py", "--evaluate", made.dir), "was made by safedreamer.py")
@@ -833,7 +833,7 @@ def test_interrupted_and_resumed_to_the_last_bit(small_run, place, method):
     expected_run, runs = small_run(method), place / f"safedreamer_{method}"
     words = [sys.executable, "-c", HEED_SIGNALS, sys.executable, str(SCRIPT), "--runs-dir", str(runs), *POINT,
              "--method", method]
-    process = subprocess.Popen(words, cwd=place, env=environment() | QUICK, text=True, stdout=subprocess.PIPE,
+    process = subprocess.Popen(words, cwd=place, env=environment(), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, start_new_session=True)
     try:
         while not (line := process.stdout.readline()).startswith("step "):
@@ -845,7 +845,7 @@ def test_interrupted_and_resumed_to_the_last_bit(small_run, place, method):
     (directory,) = runs.iterdir()
     assert process.returncode == 130 and "Traceback" not in stderr and f"--resume {directory}" in stderr
     assert checkpoint(directory)[0]["step"] < 2500
-    run(place, "--resume", directory, script=SCRIPT, **QUICK)
+    run(place, "--resume", directory, script=SCRIPT)
     (counters, arrays), (others, expected) = checkpoint(directory), checkpoint(expected_run.dir)
     assert {name for name in expected if not np.array_equal(arrays[name], expected[name])} == set()
     assert {**counters, "wall_time": 0} == {**others, "wall_time": 0}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_losses import ARGS as LOSS_ARGS
 from test_losses import B, H, dropout_masks, make_batch
-from test_train import POINT, QUICK, ROOT, SUMMARY, checkpoint, rows_of, run, scalars, train
+from test_train import POINT, ROOT, SUMMARY, checkpoint, rows_of, run, scalars, train
 
 import spowl_continuous as full
 from baselines import tdmpc2
@@ -183,7 +183,7 @@ def test_nothing_of_costs_is_left():
 @pytest.fixture(scope="module")
 def made(place):
     pairs = [(flag, value) for flag, value in zip(POINT[::2], POINT[1::2]) if flag[2:].replace("-", "_") in FLAGS]
-    return train(place, *(word for pair in pairs for word in pair), script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    return train(place, *(word for pair in pairs for word in pair), script=ROOT / "baselines" / "tdmpc2.py")
 
 
 def test_a_small_run(made):
@@ -200,8 +200,8 @@ def test_a_small_run(made):
 @pytest.mark.long
 def test_a_small_run_goes_on(place, made):
     """--evaluate plays the same episodes again, --resume goes on."""
-    run(place, "--evaluate", made.dir, script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    run(place, "--evaluate", made.dir, script=ROOT / "baselines" / "tdmpc2.py")
     again, last = rows_of(made.dir / "evaluation.csv"), rows_of(made.dir / "episodes.csv")[-2:]
     assert [{column: row[column] for column in last[0]} for row in again] == last
-    run(place, "--resume", made.dir, "--total-timesteps", 3000, script=ROOT / "baselines" / "tdmpc2.py", **QUICK)
+    run(place, "--resume", made.dir, "--total-timesteps", 3000, script=ROOT / "baselines" / "tdmpc2.py")
     assert checkpoint(made.dir)[0]["step"] == 3000

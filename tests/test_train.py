@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import np_heads, np_latent, random_agent, small_args
+from conftest import QUICK, np_heads, np_latent, random_agent, small_args
 
 import spowl_continuous as spowl
 from spowl_continuous import GROUPS, Args, Run, Transition, parse_args
@@ -48,8 +48,8 @@ critic/followed_outside time/env time/act time/update""".split()
 # Runs
 # ----------------------------------------------------------------------------------------------------------------------
 def environment():
-    """Variables for a run: on the CPU."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+    """Variables for a run: on the CPU, compiled quickly."""
+    return os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
                          "PYTHONUNBUFFERED": "1"}
 
 
@@ -73,9 +73,6 @@ def train(place, *flags, script=SCRIPT, **variables):
     finished = run(place, "--runs-dir", runs, *flags, script=script, **variables)
     (directory,) = runs.iterdir()
     return types.SimpleNamespace(dir=directory, stdout=finished.stdout, stderr=finished.stderr)
-
-
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # where the numbers do not matter: compiling takes most of the time
 
 
 @pytest.fixture(scope="session")
@@ -981,7 +978,7 @@ def test_presets_are_what_was_measured():
 def test_ant_ends_early(place):
     """METHOD §2: Ant may terminate before 1000 steps, which reaches csv and buffer."""
     flags = "--env-id SafetyAntGoal1-v0 --total-timesteps 1500 --learning-starts 1500 --eval-episodes 1"
-    ant = train(place, *TINY, *flags.split(), **QUICK)  # random actions alone
+    ant = train(place, *TINY, *flags.split())  # random actions alone
     rows, (counters, arrays) = rows_of(ant.dir / "episodes.csv"), checkpoint(ant.dir)
     lengths = [int(row["length"]) for row in rows if row["split"] == "train"]
     buffer = {field: arrays[f"['buffer'].rows.{field}"] for field in spowl.Transition._fields}
@@ -1012,7 +1009,7 @@ def short_loop():
 
 def test_a_loop_of_ones_own_trains(place):
     check = "\nassert int(agent.num_updates) > 0 and all(np.isfinite(float(x)) for x in metrics.values()), metrics"
-    finished = command(place, "-c", short_loop() + check, **QUICK)
+    finished = command(place, "-c", short_loop() + check)
     assert finished.returncode == 0, finished.stderr
     assert [line.split(": ")[0] for line in finished.stdout.splitlines()] == ["50 steps", "100 steps"]
 
@@ -1026,7 +1023,7 @@ def test_a_registered_class_of_ones_own_trains(place):
     code = REGISTERED.replace('"--preset", "laptop"', f"*{flags}")
     assert code.count("num-envs") == 1 and code.count("*sys.argv[1:]") == 1
     (place / "reach.py").write_text(code)
-    finished = run(place, script=place / "reach.py", **QUICK)
+    finished = run(place, script=place / "reach.py")
     assert "WARN" not in finished.stderr.replace("WARNING", "")
     assert SUMMARY.search(finished.stdout).group(1, 4) == ("1,000", "2")
     (directory,) = (place / "reach").iterdir()

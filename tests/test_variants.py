@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_losses import ALIVE, B, H, dropout_masks, make_batch
 from test_losses import ARGS as LOSS_ARGS
 from test_planner import np_scores
-from test_train import POINT, QUICK, ROOT, SUMMARY, TAGS, checkpoint, rows_of, run, scalars, train
+from test_train import POINT, ROOT, SUMMARY, TAGS, checkpoint, rows_of, run, scalars, train
 
 import spowl_continuous as full
 import spowl_fixed_threshold as fixed
@@ -298,7 +298,7 @@ def runs(place):
     def get(name):
         if name not in made:
             flags = *POINT, "--cost-budget", 5, *OWN.get(name, [])
-            made[name] = train(place, *flags, script=SCRIPTS[name], **QUICK)
+            made[name] = train(place, *flags, script=SCRIPTS[name])
         return made[name]
 
     return get
@@ -330,7 +330,7 @@ def test_a_small_run(runs, name):
 def test_a_run_goes_on_with_its_own_script(runs, place, name):
     """--evaluate plays the same episodes again, with flags of its own and networks that others do not have."""
     made = runs(name)
-    run(place, "--evaluate", made.dir, script=SCRIPTS[name], **QUICK)
+    run(place, "--evaluate", made.dir, script=SCRIPTS[name])
     again, last = rows_of(made.dir / "evaluation.csv"), rows_of(made.dir / "episodes.csv")[-2:]
     assert [{column: row[column] for column in last[0]} for row in again] == last
     assert name not in BALANCE or {float(row["balance"]) for row in again} == {BALANCE[name]}
