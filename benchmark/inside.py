@@ -15,17 +15,15 @@ BINS = ("0", "1 to 4", "5 to 9", "10 to 24", "25 to 49", "50 up")
 STRETCHES = (60_000, 120_000, 180_000, 240_000, 300_000)  # where each ends; every run was evaluated there
 
 
-def kept_runs(*folders):
-    """(folder, file names' beginning, flags) of each run kept in them."""
-    for folder in folders:
-        for path in sorted(folder.glob("*_args.json")):
-            yield folder, path.name.removesuffix("_args.json"), json.loads(path.read_text())["args"]
+def kept_runs(folder):
+    """(file names' beginning, flags) of each run kept there."""
+    for path in sorted(folder.glob("*_args.json")):
+        yield path.name.removesuffix("_args.json"), json.loads(path.read_text())["args"]
 
 
 def run_name(args):
-    """What run it is: task, steps and budget."""
-    budget = "" if args.get("cost_budget") is None else f", budget of {args['cost_budget']:g}"
-    return f"{task_name(args['env_id'])}, {args['total_timesteps']:,} steps{budget}"
+    """What run it is: task and steps."""
+    return f"{task_name(args['env_id'])}, {args['total_timesteps']:,} steps"
 
 
 def share_of_episodes(costs):
@@ -34,13 +32,13 @@ def share_of_episodes(costs):
 
 
 @plt.rc_context(STYLE)
-def draw_episode_costs(folders, path):
+def draw_episode_costs(folder, path):
     """How many episodes of the last evaluation cost how much, a panel per kept run."""
-    runs = sorted(kept_runs(*folders), key=lambda run: (run[2]["env_id"], run[2].get("cost_budget") or 0))
+    runs = list(kept_runs(folder))
     lines = -(-len(runs) // 2)
     figure, axes = plt.subplots(lines, 2, figsize=(WIDTH, 0.5 + 2.1 * lines), squeeze=False, sharey=True,
                                 layout="constrained")
-    for axis, (folder, stem, args) in zip(axes.ravel(), runs):
+    for axis, (stem, args) in zip(axes.ravel(), runs):
         costs = [float(row["cost"]) for row in last_evaluation(folder / f"{stem}_episodes.csv")]
         bars = axis.bar(BINS, share_of_episodes(costs), color="tab:blue", width=0.85)
         axis.bar_label(bars, fmt="{:.0f}%", fontsize=7.5)
@@ -64,7 +62,7 @@ def draw_multiplier_and_critic(folder, path):
     """Over each kept run: the multiplier, and the cost critic's value read beside the cost that followed."""
     runs = list(kept_runs(folder))
     figure, axes = plt.subplots(3, len(runs), figsize=(WIDTH, 6.6), squeeze=False, sharey="row", layout="constrained")
-    for column, (_, stem, args) in zip(axes.T, runs):
+    for column, (stem, args) in zip(axes.T, runs):
         numbers = rows(folder / f"{stem}_numbers.csv")
         curve = lambda tag: zip(*((int(row["step"]), float(row[tag])) for row in numbers if row[tag]))
         top, *below = column

@@ -109,7 +109,7 @@ PICTURES = {  # file: what draws it to a path
     **{f"{name}.png": partial(draw_learning, name) for name in LEARNING},
     "table1_two_cores_tradeoff.png": lambda path: plot.draw_tradeoff(*two_cores("table1"), path, paper()),
     "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
-    "episode_costs.png": partial(inside.draw_episode_costs, (RESULTS / "million", RESULTS / "budget")),
+    "episode_costs.png": partial(inside.draw_episode_costs, RESULTS / "million"),
     "lambda_and_critic.png": partial(inside.draw_multiplier_and_critic, RESULTS / "million"),
     "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),
     "latency.png": partial(latency.draw, RESULTS / "latency.csv"),

@@ -621,8 +621,9 @@ def practise(module, args, updates, price=5.0, seed=0):
 LIMITED = dict(**PROBE, learning_rate=1e-3, total_timesteps=800 * 110, cost_limit=60.0)
 
 
-@pytest.mark.parametrize("flags", [pytest.param(dict(multiplier="pid", pid_kp=0.01, pid_ki=0.001),
-                                                marks=pytest.mark.long), dict(lambda_lr=0.01)], ids=["pid", "adam"])
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [dict(multiplier="pid", pid_kp=0.01, pid_ki=0.001), dict(lambda_lr=0.01)],
+                         ids=["pid", "adam"])
 def test_the_best_under_a_limit_is_found(fast, flags):
     """Both multipliers: x = 0.2 at a cost of 60, held by a lambda well above 0."""
     x, agent, metrics = practise(ppo, Args(**LIMITED, **flags), 110)

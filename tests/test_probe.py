@@ -167,6 +167,7 @@ def test_without_a_multiplier_the_unsafe_best_is_found():
         assert reward > 0.85 and cost > 0.85, paid
 
 
+@pytest.mark.long  # test_the_limit_is_kept shows as much of the learning, test_budget of the controller
 def test_a_budget_is_met_and_used():
     """--cost-budget: where 2 of an episode's 5 steps may cost, 0.26 to 0.31 of them do (seeds 3 to 5; seed 6 saturates
     at |a| = 1 first and takes longer to come back), for more reward than the safe 0.5 (0.64 to 0.70; 0.82 is the

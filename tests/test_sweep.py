@@ -378,8 +378,8 @@ def test_given_up_after_three_attempts_in_vain(tmp_path, start):
     assert stdout.count("task__barred__1: ended before its first checkpoint: IsADirectoryError: ") == 3
 
 
-@pytest.mark.parametrize("whole_group", [pytest.param(True, id="SIGINT to the group"),
-                                         pytest.param(False, id="SIGTERM", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("whole_group", [True, False], ids=["SIGINT to the group", "SIGTERM"])
 def test_stopped_and_continued(tmp_path, start, whole_group):
     """Ctrl-C in a terminal reaches the whole group, SIGTERM the sweep alone. The same command goes on, and then there
     is nothing left to do."""
