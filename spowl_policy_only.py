@@ -1185,7 +1185,7 @@ def evaluate(args, agent, ask, stopping=()):
             check_finite("in evaluation", obs, action, row)
             rows, so_far = rows + [row], so_far + np.stack([row.reward, row.cost, steps], 1)
             for index in set(np.flatnonzero(row.done[:count]).tolist()) - ends.keys():
-                played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+                played = Transition(*(np.stack([one[index] for one in x]) for x in zip(*rows)))
                 plans = float(actor.metrics["charts/balance"][index]) / len(rows)
                 ends[index] = dict(zip((*COLUMNS[2:], "balance", "played"), (
                     first + index, *so_far[index, :2].tolist(), int(so_far[index, 2]), plans, played)))

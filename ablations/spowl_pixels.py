@@ -31,7 +31,7 @@
 The robot's camera and the same one turned to its back are drawn once an agent step, 64 x 64 each; lidar and marks of
 cost are not drawn. The ring keeps single pictures, 24.6 kB a transition; stacks of three are made when a sequence is
 sampled, within an episode, whose first picture is repeated. What an episode ends with is not kept, so its last step is
-not learned from. Encoder and random shifts are those of TD-MPC2 (arXiv 2310.16828).
+not learned from. Convolutions and random shifts follow TD-MPC2 (arXiv 2310.16828).
 
 Differs from spowl_continuous.py in
     added: PIXELS, COLOURS, STACK, layer_of, convolve - the encoder's four convolutions
@@ -850,7 +850,8 @@ def act(args, agent, actor, obs, is_first, explore):
     keys = jax.random.split(jax.random.fold_in(actor.key, actor.step), obs.shape[0])
     last_mean = jnp.where(is_first[:, None, None], 0.0, actor.plan_mean)
     pictures = jnp.concatenate([actor.pictures, obs[None].astype(jnp.uint8)])
-    stacks = stacked(pictures, jnp.zeros((STACK, len(obs)), bool).at[-1].set(is_first))[0]
+    begun = is_first | (actor.step == 0)  # random actions were not taken here: no picture is known from before
+    stacks = stacked(pictures, jnp.zeros((STACK, len(obs)), bool).at[-1].set(begun))[0]
     z = encode(args, agent.model, stacks)
     at_once = obs.shape[0]
     if jax.default_backend() == "cpu":  # a few environments at a time: what is computed between stays in the cache
@@ -1425,7 +1426,7 @@ def evaluate(args, agent, ask, stopping=()):
             check_finite("in evaluation", obs, action, row)
             rows, so_far = rows + [row], so_far + np.stack([row.reward, row.cost, steps], 1)
             for index in set(np.flatnonzero(row.done[:count]).tolist()) - ends.keys():
-                played = Transition(*(np.stack(x)[:, index] for x in zip(*rows)))
+                played = Transition(*(np.stack([one[index] for one in x]) for x in zip(*rows)))
                 plans = float(actor.metrics["charts/balance"][index]) / len(rows)
                 ends[index] = dict(zip((*COLUMNS[2:], "balance", "played"), (
                     first + index, *so_far[index, :2].tolist(), int(so_far[index, 2]), plans, played)))

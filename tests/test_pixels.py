@@ -86,6 +86,32 @@ def test_shifts_by_brute_force():
     assert np.array_equal(still, obs[:, :2])
 
 
+def test_updates_see_shifted_pictures_and_acting_does_not(monkeypatch):
+    """All pictures of a ring are the same: samples are of its shifted kinds, each stack its own; `act` sees it as it
+    is."""
+    rng, nothing = np.random.default_rng(2), np.zeros(2, np.float32)
+    picture = rng.integers(0, 256, (64, 64, 6)).astype(np.float32)
+    obs = np.tile(picture.reshape(1, -1), (2, 1))
+    args = px.Args(**SMALL | dict(buffer_size=24, batch_size=12, horizon=3))
+    buffer = px.init_buffer(args, SIZE, 2)
+    for _ in range(8):
+        action = np.zeros((2, 2), np.float32)
+        buffer = px.add(buffer, px.Transition(obs, action, nothing, nothing, obs, nothing, nothing))
+    batch = jax.jit(partial(px.sample, args))(buffer, jax.random.key(0))
+    padded = np.pad(picture.astype(np.uint8), ((3, 3), (3, 3), (0, 0)), mode="edge")
+    known = {np.tile(padded[i:i + 64, j:j + 64], (3, 1, 1, 1)).tobytes() for i in range(7) for j in range(7)}
+    for stacks in (np.asarray(batch.obs), np.asarray(batch.next_obs)):
+        found = {stack.tobytes() for stack in stacks.reshape(-1, 3 * SIZE)}
+        assert found <= known and len(found) > 5
+    encoded = []
+    monkeypatch.setattr(px, "encode", lambda args, model, obs: encoded.append(np.asarray(obs)) or jnp.zeros((2, 16)))
+    monkeypatch.setattr(px, "decide", lambda args, model, policy, z, mean, key, explore: (
+        jnp.zeros(2), mean, {name: jnp.zeros(()) for name in px.init_actor(args, key, 2).metrics}))
+    agent = px.AgentState(*[None] * len(px.AgentState._fields))
+    px.act.__wrapped__(ARGS, agent, px.init_actor(ARGS, jax.random.key(0), 2), obs, np.ones(2, bool), True)
+    assert np.array_equal(encoded[0], np.tile(obs, (1, 3)))
+
+
 @pytest.fixture
 def one_pixel(monkeypatch):
     """Pictures of one pixel, of which each colour is a number."""
@@ -167,10 +193,11 @@ def seen(monkeypatch):
 
 
 def test_acting_carries_the_last_two_pictures_along(seen):
-    """A new episode's first picture stands for the two before it, in its environment alone."""
+    """A new episode's first picture stands for the two before it, in its environment alone. So does the picture at
+    which the agent begins to act, in the middle of an episode: those before it were not carried along."""
     watched, stacks = seen
     actor = px.init_actor(ARGS, jax.random.key(0), 2)
-    for step, first in enumerate(((1, 1), (0, 0), (0, 1), (0, 0), (0, 0)), 1):
+    for step, first in enumerate(((0, 1), (0, 0), (0, 1), (0, 0), (0, 0)), 1):  # env 0: after random actions
         actor = watched(ARGS, actor, (step, 10 + step), np.array(first, bool))
     assert stacks == [[[1, 1, 1], [11, 11, 11]], [[1, 1, 2], [11, 11, 12]], [[1, 2, 3], [13, 13, 13]],
                       [[2, 3, 4], [13, 13, 14]], [[3, 4, 5], [13, 14, 15]]]
