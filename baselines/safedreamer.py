@@ -54,7 +54,8 @@ state, S variables of C classes, F = D + S C features, M bins. "Steps" are simul
 
 Shares with spowl_continuous.py what surrounds the method, and
     same: whole, Whole, LARGE, Count, Natural, Positive, NotNegative, Share - numbers on the command line
-    same: symlog, symexp, two_hot, read_out, cross_entropy - read-outs
+    same: symlog, symexp, two_hot, read_out, cost_bins, cost_two_hot, cost_read_out, cross_entropy - read-outs
+    same: free_of_cost - heads that read no cost at first
     same: transform_obs, bin_weights, OBS_BINS, OBS_LIMIT, spread_obs - lidars
     same: Transition, Buffer, cut_episodes, updates_due, action_size - the replay ring; counts
     same: auc, cost_to_go, read_and_followed - what a cost critic knew
@@ -202,6 +203,9 @@ class WorldModel:
     """bins M of the two-hot read-outs of reward, cost and values"""
     bin_limit: Positive = 20.0
     """the bins span symlog values in [-bin_limit, bin_limit]"""
+    cost_read_out: Literal["symlog", "expectation"] = "symlog"
+    """how logits stand for a cost: as for rewards, which reads rare costs low, or as the expectation over [0, C], C the
+    largest possible discounted cost (see cost_bins)"""
     unimix: Share = 0.01
     """share of the uniform distribution in every categorical variable"""
     free_bits: NotNegative = 1.0
@@ -350,6 +354,8 @@ def rules(args):
         (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
         (args.buffer_size >= args.num_envs * args.window,
          f"--buffer-size must hold --num-envs x --window = {args.num_envs * args.window} transitions"),
+        (args.cost_read_out == "symlog" or args.cost_gamma < 1,
+         "--cost-gamma must be smaller than 1 with --cost-read-out expectation, whose bins end at the largest cost"),
         (args.num_elites <= args.num_samples, "--num-elites must be at most --num-samples"),
         (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
         (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
@@ -408,6 +414,31 @@ def read_out(logits, limit):
     """(..., M) -> (...): the number that logits stand for, symexp(sum softmax(logits) bins)."""
     bins = jnp.linspace(-limit, limit, logits.shape[-1])
     return symexp(jnp.matmul(jax.nn.softmax(logits), bins, precision="highest"))  # a GPU would round to 10 bits
+
+
+def cost_bins(args):
+    """(M,): bins from 0 to C = action_repeat / (1 - cost_gamma), the largest discounted cost at 1 per simulator step,
+    evenly spaced in log(1 + c)."""
+    largest = args.action_repeat / (1.0 - args.cost_gamma)
+    return np.expm1(np.linspace(0.0, np.log1p(largest), args.num_bins)).astype(np.float32)
+
+
+def cost_two_hot(args, x):
+    """(...) -> (..., M): the distribution that stands for a cost. Under --cost-read-out expectation its mean is x:
+    were the weights taken in log space, it would be up to 0.5% more, and bootstrapping would multiply that."""
+    if args.cost_read_out == "symlog":
+        return two_hot(x, args.num_bins, args.bin_limit)
+    bins = cost_bins(args)
+    below, above = np.append(np.float32(-1.0), bins[:-1]), np.append(bins[1:], bins[-1] + 1)
+    x = jnp.clip(x, 0.0, bins[-1])[..., None]
+    return jnp.maximum(0.0, jnp.where(x < bins, (x - below) / (bins - below), (above - x) / (above - bins)))
+
+
+def cost_read_out(args, logits):
+    """(..., M) -> (...): the cost that logits stand for, under --cost-read-out expectation sum softmax(logits) bins."""
+    if args.cost_read_out == "symlog":
+        return read_out(logits, args.bin_limit)
+    return jnp.matmul(jax.nn.softmax(logits), cost_bins(args), precision="highest")
 
 
 def cross_entropy(logits, target):
@@ -560,9 +591,18 @@ def init_model(args, key, obs_dim, action_dim):
         "prior": init_mlp(next(keys), args.deter, args.units, 1, stoch),
         "posterior": init_mlp(next(keys), args.deter + embedding, args.units, 1, stoch),
         "reward": head(next(keys), size, out=args.num_bins, out_scale=0.0),
-        "cost": head(next(keys), size, out=args.num_bins),
+        "cost": free_of_cost(args, head(next(keys), size, out=args.num_bins)),
         "continue": head(next(keys), size, out=1),
     }
+
+
+def free_of_cost(args, layers):
+    """The same heads (K, ...) with biases that let them read 0 at first where costs are expectations: each bin but the
+    first has a probability of e^-10 / (1 + its cost)."""
+    if args.cost_read_out == "symlog":
+        return layers
+    biases = -(10.0 + np.log1p(cost_bins(args))) * (np.arange(args.num_bins) > 0)
+    return (*layers[:-1], layers[-1] | {"b": layers[-1]["b"] + biases.astype(np.float32)})
 
 
 def encode(args, model, obs):
@@ -672,12 +712,12 @@ def world_model_loss(model, args, batch, key):
     seen = jnp.concatenate([batch.obs[:1], batch.next_obs])
     error = jnp.sum((decode(args, model, every) - seen) ** 2, -1)
     heads = {name: mlp(model[name], features(latents)) for name in ("reward", "cost", "continue")}
-    target = partial(two_hot, num_bins=args.num_bins, limit=args.bin_limit)
+    reward = two_hot(batch.reward, args.num_bins, args.bin_limit)
     cost_weights = jnp.where(batch.cost >= 1.0, args.cost_weight, 1.0)
     losses = {
         "reconstruction": jnp.mean(error),
-        "reward": jnp.mean(cross_entropy(heads["reward"], target(batch.reward))),
-        "cost": jnp.mean(cost_weights * cross_entropy(heads["cost"], target(batch.cost))),
+        "reward": jnp.mean(cross_entropy(heads["reward"], reward)),
+        "cost": jnp.mean(cost_weights * cross_entropy(heads["cost"], cost_two_hot(args, batch.cost))),
         "continue": jnp.mean(optax.sigmoid_binary_cross_entropy(heads["continue"][..., 0], 1.0 - batch.terminated)),
     }
     total = (args.reconstruction_coef * losses["reconstruction"] + losses["reward"] + losses["cost"]
@@ -704,8 +744,13 @@ def sample_action(args, policy, x, key):
 
 
 def read(args, head, x):
-    """Features (..., F) -> (...): what a head of reward, cost or value stands for."""
+    """Features (..., F) -> (...): what a head of reward or value stands for."""
     return read_out(mlp(head, x), args.bin_limit)
+
+
+def read_cost(args, head, x):
+    """Features (..., F) -> (...): what a head of cost or cost value stands for."""
+    return cost_read_out(args, mlp(head, x))
 
 
 class Imagined(NamedTuple):
@@ -721,9 +766,9 @@ class Imagined(NamedTuple):
 
 def predict(args, model, critics, x):
     """What is imagined for features (H + 1, N, F)."""
-    reward, cost = read(args, model["reward"], x[1:]), read(args, model["cost"], x[1:])
+    reward, cost = read(args, model["reward"], x[1:]), read_cost(args, model["cost"], x[1:])
     proceed = jax.nn.sigmoid(mlp(model["continue"], x[1:])[..., 0])
-    values, cost_values = read(args, critics["value"], x), read(args, critics["cost_value"], x)
+    values, cost_values = read(args, critics["value"], x), read_cost(args, critics["cost_value"], x)
     returns = lambda_returns(args, reward, args.gamma * proceed, values[1:])
     cost_returns = lambda_returns(args, cost, args.cost_gamma * proceed, cost_values[1:])
     return Imagined(x, cost, values, returns, cost_returns, proceed)
@@ -774,10 +819,12 @@ def policy_loss(policy, args, agent, model, start, alive, key):
     return loss, jax.lax.stop_gradient((seen, discounted, multiplier, penalty, scale, metrics))
 
 
-def critic_loss(critic, args, slow, x, returns, discounted):
+def critic_loss(critic, args, slow, x, returns, discounted, of_cost=False):
     """Cross-entropy of a critic at features (H, N, F) to the returns (H, N), and to what the slow critic reads."""
-    logits, target = mlp(critic, x), partial(two_hot, num_bins=args.num_bins, limit=args.bin_limit)
-    towards_slow = cross_entropy(logits, target(read(args, slow, x)))
+    logits, reading, target = mlp(critic, x), read, partial(two_hot, num_bins=args.num_bins, limit=args.bin_limit)
+    if of_cost:
+        reading, target = read_cost, partial(cost_two_hot, args)
+    towards_slow = cross_entropy(logits, target(reading(args, slow, x)))
     return jnp.mean(discounted * (cross_entropy(logits, target(returns)) + args.slow_coef * towards_slow))
 
 
@@ -1047,6 +1094,7 @@ def init_agent(args, key, obs_dim, action_dim):
     policy = init_mlp(key_policy, num_features, args.units, args.head_layers, 2 * action_dim)
     critics = {name: init_mlp(key, num_features, args.units, args.head_layers, args.num_bins, out_scale=0.0)
                for name, key in {"value": key_value, "cost_value": key_cost_value}.items()}
+    critics["cost_value"] = free_of_cost(args, critics["cost_value"])
     slow = jax.tree.map(jnp.copy, critics)  # copies: both are donated to the update
     critics_opt = {name: behaviour_optimizer(args).init(critic) for name, critic in critics.items()}
     return AgentState(model, policy, critics, slow, model_optimizer(args).init(model),
@@ -1074,7 +1122,8 @@ def update(args, agent, batch, key):
     critics, critics_opt = {}, {}
     for name, returns in {"value": seen.returns, "cost_value": seen.cost_returns}.items():
         metrics[f"losses/{name}"], grads = jax.value_and_grad(critic_loss)(
-            agent.critics[name], args, agent.slow[name], seen.features[:-1], returns, discounted)
+            agent.critics[name], args, agent.slow[name], seen.features[:-1], returns, discounted,
+            name == "cost_value")
         updates, critics_opt[name] = behaviour_optimizer(args).update(grads, agent.critics_opt[name])
         critics[name] = optax.apply_updates(agent.critics[name], updates)
     slow = jax.tree.map(lambda old, new: old + args.slow_tau * (new - old), agent.slow, critics)
@@ -1161,8 +1210,8 @@ def read_costs(args, agent, batch, key):
     before = jax.tree.map(lambda first, after: jnp.concatenate([first[:1], after[:-1]]), first, latents)
     likeliest = jax.nn.one_hot(jnp.argmax(prior(args, agent.model, latents.deter), -1), args.classes)
     expected = Latent(latents.deter, likeliest.reshape(latents.stoch.shape))
-    return (read(args, agent.model["cost"], features(expected)),
-            read(args, agent.critics["cost_value"], features(before)))
+    return (read_cost(args, agent.model["cost"], features(expected)),
+            read_cost(args, agent.critics["cost_value"], features(before)))
 
 
 def critic_metrics(args, agent, episodes):

@@ -378,6 +378,49 @@ def test_critic_loss_against_numpy():
     assert float(got) == pytest.approx(np.mean(each), rel=1e-3)
 
 
+def test_costs_as_expectations(monkeypatch):
+    """--cost-read-out expectation: cost head and cost critic read the mean of bins up to 5 / (1 - 0.9), nothing at
+    first; what they learn from is worth the cost between its two neighbouring bins. Rewards and values stay."""
+    args, rng = small_args(cost_read_out="expectation", cost_gamma=0.9), np.random.default_rng(11)
+    bins = np.expm1(np.linspace(0.0, np.log1p(50.0), args.num_bins))
+    x, fresh, agent = rng.normal(size=(4, 3, 13)).astype(np.float32), new_agent(
+        args, jax.random.key(0), OBS, ACTIONS), random_agent(args)
+    for head in (fresh.model["cost"], fresh.critics["cost_value"], fresh.slow["cost_value"]):
+        assert np.all((np.asarray(sd.read_cost(args, head, x)) >= 0) & (np.asarray(sd.read_cost(args, head, x)) < 0.05))
+    expected = lambda head: np_softmax(np_mlp(float64(head), x)) @ bins
+    seen = sd.predict(args, agent.model, agent.critics, jnp.asarray(x))
+    np.testing.assert_allclose(seen.cost, expected(agent.model["cost"])[1:], rtol=1e-4)
+    np.testing.assert_allclose(seen.values, np_read_out(np_mlp(float64(agent.critics["value"]), x), args.bin_limit),
+                               rtol=1e-3, atol=1e-3)
+    proceed = np_sigmoid(np_mlp(float64(agent.model["continue"]), x[1:])[..., 0])
+    cost_values = expected(agent.critics["cost_value"])
+    np.testing.assert_allclose(  # the last return: its cost, and what the critic reads of the rest
+        seen.cost_returns[-1], expected(agent.model["cost"])[-1] + 0.9 * proceed[-1] * cost_values[-1], rtol=1e-3)
+
+    def loss_at(logits, cost):
+        k = min(np.searchsorted(bins, cost, side="right") - 1, len(bins) - 2)
+        share = (cost - bins[k]) / (bins[k + 1] - bins[k])
+        return -np.log(np_softmax(logits)) @ (np.eye(len(bins))[k] * (1 - share) + np.eye(len(bins))[k + 1] * share)
+
+    returns, weigh = rng.uniform(0, 50, (4, 3)), rng.random((4, 3))
+    got = sd.critic_loss(agent.critics["cost_value"], args, agent.slow["cost_value"],
+                         *(jnp.asarray(y, jnp.float32) for y in (x, returns, weigh)), True)
+    logits, slow = np_mlp(float64(agent.critics["cost_value"]), x), expected(agent.slow["cost_value"])
+    each = [weigh[i] * (loss_at(logits[i], returns[i]) + loss_at(logits[i], slow[i])) for i in np.ndindex(4, 3)]
+    assert float(got) == pytest.approx(np.mean(each), rel=1e-3)
+
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    _, (metrics, latents) = jax.jit(sd.world_model_loss, static_argnums=1)(agent.model, args, batch, jax.random.key(1))
+    logits, cost = np_mlp(float64(agent.model["cost"]), np.asarray(sd.features(latents), float)), np.asarray(batch.cost)
+    each = [(10.0 if cost[i] >= 1 else 1.0) * loss_at(logits[i], cost[i]) for i in np.ndindex(L, B)]
+    assert float(metrics["losses/cost"]) == pytest.approx(np.mean(each), rel=1e-3)
+
+    asked, loss = [], sd.critic_loss
+    monkeypatch.setattr(sd, "critic_loss", lambda *args: asked.append(args[6]) or loss(*args))
+    jax.eval_shape(partial(sd.update, args), agent, batch, jax.random.key(2))
+    assert asked == [False, True]
+
+
 def test_one_update_moves_what_it_should():
     """Each part by its own loss: slow critics by 2%, the model not by the actor's, the actor not by the critics'."""
     agent, batch = random_agent(), jax.tree.map(jnp.asarray, random_batch())
