@@ -71,16 +71,6 @@ def compiled_once(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def compiled_quickly(request):
-    """Scripts that this module's tests run compile as the tests do, but for the long ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not request.config.option.markexpr:
-            for name, value in QUICK.items():
-                patch.setenv(name, value)
-        yield
-
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
 

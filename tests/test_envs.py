@@ -151,8 +151,8 @@ def simulator(make):
 
 @pytest.fixture
 def no_process(monkeypatch):
-    """env_worker may run in this process: no signal is ignored, and nothing dies with its parent."""
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    """env_worker may run in this process: no signal is blocked, and nothing dies with its parent."""
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *args: None)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # so that it comes back
     monkeypatch.setenv("MUJOCO_GL", "")  # as it was, at the end
     monkeypatch.delenv("MUJOCO_GL")

@@ -25,8 +25,6 @@ from test_train import HEED_SIGNALS, POINT, SCRIPT, TINY, Wandb, checkpoint, env
 
 import spowl_continuous as spowl
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # On scripted environments

@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT / "ablations"))
 
 import spowl_pixels as px
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ARGS = px.Args(**SMALL | dict(channels=3, buffer_size=24, batch_size=400, horizon=3))
 SIZE = px.PIXELS**2 * px.COLOURS
 
@@ -71,45 +70,39 @@ def test_stacks_by_hand():
     assert stacks.dtype == jnp.uint8
 
 
+def crops(stack):
+    """The 49 stacks (3, 64, 64, 6) that a shift by up to 3 pixels, edges repeated, can make of one, as bytes."""
+    padded = np.pad(stack, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
+    return {padded[:, i:i + 64, j:j + 64].tobytes() for i in range(7) for j in range(7)}
+
+
 def test_shifts_by_brute_force():
     """Each stack is one of the 49 pictures cut out of the padded one, whole, and all of these occur."""
     rng = np.random.default_rng(1)
     obs = rng.integers(0, 256, (1, 600, px.STACK * SIZE)).astype(np.uint8)
     obs[:] = obs[:, :1]  # the same stack 600 times
     moved = np.asarray(px.shifted(ARGS, jnp.asarray(obs), jax.random.key(0)))
-    stack = obs[0, 0].reshape(px.STACK, 64, 64, 6)
-    padded = np.pad(stack, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
-    known = {padded[:, i:i + 64, j:j + 64].tobytes(): (i, j) for i in range(7) for j in range(7)}
-    found = [known[each.tobytes()] for each in moved[0]]
-    assert moved.shape == obs.shape and moved.dtype == np.uint8 and set(found) == set(known.values())
+    known = crops(obs[0, 0].reshape(px.STACK, 64, 64, 6))
+    found = {each.tobytes() for each in moved[0]}
+    assert moved.shape == obs.shape and moved.dtype == np.uint8 and len(known) == 49 and found == known
     still = px.shifted(px.Args(**SMALL | dict(max_shift=0)), jnp.asarray(obs[:, :2]), jax.random.key(0))
     assert np.array_equal(still, obs[:, :2])
 
 
-def test_updates_see_shifted_pictures_and_acting_does_not(monkeypatch):
-    """All pictures of a ring are the same: samples are of its shifted kinds, each stack its own; `act` sees it as it
-    is."""
-    rng, nothing = np.random.default_rng(2), np.zeros(2, np.float32)
-    picture = rng.integers(0, 256, (64, 64, 6)).astype(np.float32)
-    obs = np.tile(picture.reshape(1, -1), (2, 1))
+def test_updates_see_shifted_pictures():
+    """All pictures of a ring are the same: samples are of its shifted kinds, each stack its own."""
+    picture, nothing = np.random.default_rng(2).integers(0, 256, (64, 64, 6)), np.zeros(2, np.float32)
+    obs = np.tile(np.float32(picture).reshape(1, -1), (2, 1))
     args = px.Args(**SMALL | dict(buffer_size=24, batch_size=12, horizon=3))
     buffer = px.init_buffer(args, SIZE, 2)
     for _ in range(8):
         action = np.zeros((2, 2), np.float32)
         buffer = px.add(buffer, px.Transition(obs, action, nothing, nothing, obs, nothing, nothing))
     batch = jax.jit(partial(px.sample, args))(buffer, jax.random.key(0))
-    padded = np.pad(picture.astype(np.uint8), ((3, 3), (3, 3), (0, 0)), mode="edge")
-    known = {np.tile(padded[i:i + 64, j:j + 64], (3, 1, 1, 1)).tobytes() for i in range(7) for j in range(7)}
+    known = crops(np.tile(np.uint8(picture), (3, 1, 1, 1)))
     for stacks in (np.asarray(batch.obs), np.asarray(batch.next_obs)):
         found = {stack.tobytes() for stack in stacks.reshape(-1, 3 * SIZE)}
         assert found <= known and len(found) > 5
-    encoded = []
-    monkeypatch.setattr(px, "encode", lambda args, model, obs: encoded.append(np.asarray(obs)) or jnp.zeros((2, 16)))
-    monkeypatch.setattr(px, "decide", lambda args, model, policy, z, mean, key, explore: (
-        jnp.zeros(2), mean, {name: jnp.zeros(()) for name in px.init_actor(args, key, 2).metrics}))
-    agent = px.AgentState(*[None] * len(px.AgentState._fields))
-    px.act.__wrapped__(ARGS, agent, px.init_actor(ARGS, jax.random.key(0), 2), obs, np.ones(2, bool), True)
-    assert np.array_equal(encoded[0], np.tile(obs, (1, 3)))
 
 
 @pytest.fixture
@@ -176,17 +169,22 @@ def test_an_episodes_last_step_is_not_learned_from(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def seen(monkeypatch):
-    """The stacks that `act` encodes, as numbers: pictures of one value each."""
-    stacks = []
+    """The stacks that `act` encodes, as numbers: what was added to one picture, which must be there unshifted."""
+    stacks, picture = [], np.random.default_rng(3).integers(0, 200, SIZE)
     monkeypatch.setattr(px, "decide", lambda args, model, policy, z, mean, key, explore: (
         jnp.zeros(2), mean, {name: jnp.zeros(()) for name in px.init_actor(args, key, 2).metrics}))
     act = px.act.__wrapped__
 
     def watched(args, actor, values, first):
-        obs = np.full((2, SIZE), np.float32(values)[:, None])
+        def encode(args, model, obs):
+            added = np.int32(obs).reshape(2, 3, -1) - picture
+            assert np.all(added == added[..., :1])
+            stacks.append(added[..., 0].tolist())
+            return jnp.zeros((2, 16))
+
+        monkeypatch.setattr(px, "encode", encode)
+        obs = np.float32(picture + np.array(values)[:, None])
         agent = px.AgentState(*[None] * len(px.AgentState._fields))
-        monkeypatch.setattr(px, "encode", lambda args, model, obs: stacks.append(
-            np.asarray(obs).reshape(2, 3, -1)[..., 0].tolist()) or jnp.zeros((2, 16)))
         return act(args, agent, actor, obs, np.array(first), True)[1]
 
     return watched, stacks
@@ -194,7 +192,7 @@ def seen(monkeypatch):
 
 def test_acting_carries_the_last_two_pictures_along(seen):
     """A new episode's first picture stands for the two before it, in its environment alone. So does the picture at
-    which the agent begins to act, in the middle of an episode: those before it were not carried along."""
+    which the agent begins to act, in the middle of an episode: those before it were not carried along. No shifts."""
     watched, stacks = seen
     actor = px.init_actor(ARGS, jax.random.key(0), 2)
     for step, first in enumerate(((0, 1), (0, 0), (0, 1), (0, 0), (0, 0)), 1):  # env 0: after random actions

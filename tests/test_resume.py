@@ -16,11 +16,8 @@ from test_train import POINT, TINY, checkpoint, run, start, start_and_evaluate, 
 
 import spowl_continuous as spowl
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 FLAGS = {"point": POINT + ["--eval-episodes", "1"], "ant": TINY + (
     "--env-id SafetyAntGoal1-v0 --total-timesteps 2500 --buffer-size 400 --eval-every 1000 --eval-episodes 1").split()}
-
 
 
 def same_end(one, other):

@@ -492,7 +492,6 @@ def test_resume_and_evaluate_take_the_flags_of_the_run(point):
 # Where the tests run in the background, Ctrl-C is ignored, and what they start would ignore it too.
 HEED_SIGNALS = """import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a test before may have left some blocked
 os.execv(sys.argv[1], sys.argv[1:])"""
 
 
