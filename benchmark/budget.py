@@ -47,10 +47,11 @@ def read_runs(folder):
         args, stem = json.loads(path.read_text())["args"], path.name.removesuffix("_args.json")
         if args.get("cost_budget") is None:
             continue
-        played, last = last_evaluation(folder / f"{stem}_episodes.csv"), rows(folder / f"{stem}_numbers.csv")[-1]
+        played = last_evaluation(folder / f"{stem}_episodes.csv")
+        last, = (row for row in rows(folder / f"{stem}_numbers.csv") if row["step"] == played[0]["step"])
         found.append({
             "task": task_name(args["env_id"]), "budget": args["cost_budget"], "seed": args["seed"],
-            "step": int(played[-1]["step"]), "training": float(last["train/cost"]),
+            "step": int(last["step"]), "training": float(last["train/cost"]),
             "lambda": float(last["lagrangian/lambda"]),
             "return": [float(row["return"]) for row in played], "cost": [float(row["cost"]) for row in played]})
     return sorted(found, key=lambda run: (run["task"], run["budget"], run["seed"]))
@@ -73,8 +74,9 @@ def table_of_budgets(runs):
         lines.append([task, f"{asked:g}", str(len(here)), *(by_rule(values, "{:.1f}") for values in
                       (training, cost, reward)), ", ".join(str(len(run["cost"])) for run in here),
                       by_rule(multiplier, "{:.2g}")])
+    at = " or ".join(f"{step:,}" for step in sorted({run["step"] for run in runs}))
     head = ["task", "budget", "seeds", "cost of the last 100 training episodes", "cost", "return", "episodes", "last λ"]
-    return markdown(head, lines) + f"\n{CELLS}\n"
+    return markdown(head, lines) + f"\nAt {at} steps. {CELLS}\n"
 
 
 @plt.rc_context(STYLE)
@@ -103,7 +105,7 @@ def draw(path, runs):
                    markersize=8, label="last 100 training episodes")
         right.plot(*2 * [np.geomspace(*right.get_xlim(), 100)], color="0.6", linewidth=1, label="as asked")
         right.set_yscale("symlog", linthresh=1)
-        right.set(ylim=(0, 60), title=f"{task}: cost of an episode")
+        right.set(ylim=(0, max(60, right.get_ylim()[1])), title=f"{task}: cost of an episode")
         right.set_yticks([0, 1, 2, 5, 10, 25, 50], ["0", "1", "2", "5", "10", "25", "50"])
         right.minorticks_off()
         right.legend(loc="upper left")

@@ -21,9 +21,9 @@ def kept_runs(folder):
         yield path.name.removesuffix("_args.json"), json.loads(path.read_text())["args"]
 
 
-def run_name(args):
-    """What run it is: task and steps."""
-    return f"{task_name(args['env_id'])}, {args['total_timesteps']:,} steps"
+def run_name(args, step):
+    """What run it is: task, and the steps it had made. (Its flags have those that it was begun with.)"""
+    return f"{task_name(args['env_id'])}, {int(step):,} steps"
 
 
 def share_of_episodes(costs):
@@ -39,11 +39,12 @@ def draw_episode_costs(folder, path):
     figure, axes = plt.subplots(lines, 2, figsize=(WIDTH, 0.5 + 2.1 * lines), squeeze=False, sharey=True,
                                 layout="constrained")
     for axis, (stem, args) in zip(axes.ravel(), runs):
-        costs = [float(row["cost"]) for row in last_evaluation(folder / f"{stem}_episodes.csv")]
+        played = last_evaluation(folder / f"{stem}_episodes.csv")
+        costs = [float(row["cost"]) for row in played]
         bars = axis.bar(BINS, share_of_episodes(costs), color="tab:blue", width=0.85)
         axis.bar_label(bars, fmt="{:.0f}%", fontsize=7.5)
         axis.axvline(3.5, color="black", linestyle="--", linewidth=1)
-        axis.set_title(f"{run_name(args)}: mean {np.mean(costs):.1f}")
+        axis.set_title(f"{run_name(args, played[0]['step'])}: mean {np.mean(costs):.1f}")
         axis.text(0.98, 0.93, f"{len(costs)} episodes\nworst {max(costs):g}", transform=axis.transAxes, ha="right",
                   va="top")
         axis.set_ylim(0, 112)
@@ -72,7 +73,7 @@ def draw_multiplier_and_critic(folder, path):
                                                ("read", "Qᶜ read there", "tab:blue", "o")):
                 axis.plot(*curve(f"critic/{what}_{where}"), color=color, marker=marker, markersize=3.5, linewidth=0.8,
                           label=label)
-        top.set_title(run_name(args), fontweight="bold")
+        top.set_title(run_name(args, numbers[-1]["step"]), fontweight="bold")
         for axis in column:
             step_axis(axis, 0, int(numbers[-1]["step"]), False)
             axis.set_ylim(0, None)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from plot import scalars_by_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
 
 COLUMNS = ("split", "step", "environment", "return", "cost", "length")
 
@@ -24,7 +24,7 @@ COLUMNS = ("split", "step", "environment", "return", "cost", "length")
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories"""
-    to: Path = Path("benchmark/results/million")
+    to: Path
     """directory of the csv files"""
 
 
@@ -54,24 +54,30 @@ def training(run, steps, count=100):
 
 def numbers(run, steps):
     """Every tag's value at those steps, "" where it has none: the header and a row for each step."""
-    events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
-    tags = sorted(tag for tag in events.Tags()["tensors"] if not tag.startswith("_"))
-    logged = {tag: {event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
-              for tag in tags} | training(run, steps)
+    tags = [tag for tag in EventAccumulator(str(run)).Reload().Tags()["tensors"] if not tag.startswith("_")]
+    logged = dict(zip(tags, scalars_by_step(run, *tags))) | training(run, steps)
     tags = sorted(logged)
     text = lambda tag, step: f"{logged[tag][step]:.4g}" if step in logged[tag] else ""
     return [["step", *tags], *([step, *(text(tag, step) for tag in tags)] for step in steps)]
 
 
 def main(options):
+    """SystemExit, with what was there before it left alone, for no run, no evaluation, or another run of that name."""
     options.to.mkdir(parents=True, exist_ok=True)
+    kept = {}
     for run in options.runs:
-        if not (run / "args.json").exists():
-            raise SystemExit(f"{run} is not a run directory")
-        info, played = json.loads((run / "args.json").read_text())["args"], episodes(run)
+        try:
+            info, played = json.loads((run / "args.json").read_text()), episodes(run)
+            name = "{env_id}__{exp_name}__{seed}".format(**info["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{run} is not a run directory: {error}")
         if not played:
             raise SystemExit(f"{run} has no evaluation yet")
-        name = f"{info['env_id']}__{info['exp_name']}__{info['seed']}"
+        there = options.to / f"{name}_args.json"
+        if name in kept or there.exists() and json.loads(there.read_text()) != info:
+            raise SystemExit(f"{run}: another run is {name} in {options.to}: name another directory with --to")
+        kept[name] = run, played
+    for name, (run, played) in kept.items():
         steps = sorted({int(row[1]) for row in played if row[0] == "eval"})
         for what, rows in {"episodes": [COLUMNS, *played], "numbers": numbers(run, steps)}.items():
             with open(options.to / f"{name}_{what}.csv", "w", newline="") as file:

@@ -127,6 +127,9 @@ def draw(path, picture):
 
 
 def main(options):
+    """SystemExit, before anything is timed, for options that cannot be."""
+    if options.csv and (options.csv.exists() or not options.csv.parent.is_dir()):
+        raise SystemExit(f"--csv {options.csv}: name a new file in a directory that is there")
     args = spowl.parse_args(["--evaluate", str(options.run)])
     args = dataclasses.replace(args, num_envs=min(args.num_envs, max(options.episodes, 1)),  # as many as play
                                eval_episodes=max(options.episodes, 1))

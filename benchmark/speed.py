@@ -5,7 +5,7 @@
 
 The ceiling is measured in the same run: a large float32 matrix product, and a copy of the device's memory. Operations
 are counted as the fewest that the method needs (see `update_flops` and `plan_flops`), so doing more of them does not
-raise the share of the ceiling. Times are medians."""
+raise the share of the ceiling. Times are medians, but for the simulators and a cycle, which are gone through once."""
 
 import csv
 import dataclasses
@@ -56,8 +56,6 @@ class Options:
     """file for the rows as a table"""
     picture: Path | None = None
     """file for the picture"""
-    redraw: bool = False
-    """measure nothing: make the picture again from the csv"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,7 +300,8 @@ def grown(args, part):
     for name, values in GROWTH[part].items():
         for value in values:
             value = round(value * getattr(args, name) / values[1])
-            both = {"num_qc": value} if name == "num_q" else {}
+            heads = min(value, args.lagrangian_heads)  # the constraint reads no more than there are
+            both = {"num_qc": value, "lagrangian_heads": heads} if name == "num_q" else {}
             yield name, value, dataclasses.replace(args, **{name: value}, **both)
 
 
@@ -398,9 +397,10 @@ def draw(rows, path):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left")
-    save(figure, path, "Each bar and mark: the median of several measurements in one run on one machine. Networks are "
-         "compared with a large matrix product, simulators with simulators that do nothing else. Below, one size is "
-         "changed at a time (in brackets: what it is in the run); on the black line time grows as the size does.")
+    save(figure, path, "One run on one machine. Updates and plans: medians of several measurements; "
+         "simulators and all in turn: one measurement. Networks are compared with a large matrix product, simulators with "
+         "simulators that do nothing else. Below, one size is changed at a time (in brackets: what it is in the run); on "
+         "the black line time grows as the size does.")
 
 
 def read_rows(path):
@@ -419,10 +419,6 @@ def main(options):
     for path in filter(None, (options.json, options.csv, options.picture)):
         if not path.parent.is_dir():
             raise SystemExit(f"{path}: there is no directory {path.parent}")
-    if options.redraw:
-        if not (options.csv and options.picture):
-            raise SystemExit("--redraw needs --csv and --picture")
-        return draw(read_rows(options.csv), options.picture)
     rows = []
     for row in measure(options):
         rows.append(row)

@@ -51,7 +51,7 @@ class Options:
     updates: int = 6_000
     """updates per variant"""
     every: int = 2_000
-    """updates between two readings"""
+    """updates between two readings: a multiple of 100"""
     held_out: int = 2
     """environments, the last ones, that are asked about and never trained on"""
     max_steps: int | None = None
@@ -62,7 +62,10 @@ class Options:
 
 def load_rows(run, max_steps=None):
     """The transitions in a run's newest checkpoint, oldest first, as NumPy arrays (T, E, ...), and its flags."""
-    info = json.loads((run / "args.json").read_text())["args"]
+    try:
+        info = json.loads((run / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{run} is not a run directory: {error}")
     known = {field.name for field in fields(spowl.Args)}
     args = spowl.Args(**{name: value for name, value in info.items() if name in known})
     found = spowl.checkpoints(run)
@@ -204,7 +207,14 @@ def read_variant(variant, info):
 
 
 def main(options):
+    """SystemExit, before anything is trained, for options that cannot be."""
     stored, args = load_rows(options.run, options.max_steps)
+    if options.every < 100 or options.every % 100 or options.updates < options.every:
+        raise SystemExit("--every must be a multiple of 100, --updates at least as many")
+    if not 1 <= options.held_out < args.num_envs:
+        raise SystemExit(f"--held-out must be at least 1 and leave one of the run's {args.num_envs} environments")
+    if options.csv and not options.csv.parent.is_dir():
+        raise SystemExit(f"--csv {options.csv}: there is no directory {options.csv.parent}")
     places = sensors(spowl.import_safety_gymnasium().make(args.env_id))
     for name in options.without:
         if name not in places:

@@ -147,6 +147,16 @@ def test_a_sensor_that_is_not_there(run):
         cost_probe.main(cost_probe.Options(run=run[0], without=("eyes",)))
 
 
+@pytest.mark.parametrize("changes, said", [
+    ({"every": 250}, "--every must be"), ({"every": 0}, "--every must be"), ({"updates": 100}, "--updates at least"),
+    ({"held_out": 4}, "--held-out must be"), ({"held_out": 0}, "--held-out must be"),
+    ({"csv": Path("/nowhere/x.csv")}, "no directory /nowhere"), ({"run": Path("/nowhere")}, "not a run directory")])
+def test_options_that_cannot_be(run, changes, said):
+    """Updates are made in blocks of 100: what is reported was made."""
+    with pytest.raises(SystemExit, match=said):
+        cost_probe.main(dataclasses.replace(cost_probe.Options(run=run[0]), **changes))
+
+
 def test_areas_by_hand():
     """Costs 0 1 1 | 0 1 of one environment, | an episode's end: the third step alone begins inside a hazard."""
     column = lambda *values: np.array(values, np.float32)[:, None]

@@ -1,10 +1,15 @@
 """benchmark/keep.py: the two csv files of a run say what its own files say."""
 import csv
 import json
+import sys
+from pathlib import Path
 
 import pytest
-from benchmark import keep
 from tensorboard.summary import Writer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
+
+import keep
 
 NUMBERS = {100: {"charts/cost_rate": 0.123456, "lagrangian/lambda": 2e-7}, 150: {"charts/cost_rate": 9.0},
            200: {"charts/cost_rate": 0.5, "critic/cost_auc": 0.91}}
@@ -46,6 +51,21 @@ def test_what_is_kept(run, tmp_path):
     assert (tmp_path / "kept" / "Task-v0__name__3_args.json").read_text() == (run / "args.json").read_text()
 
 
+def test_another_run_of_the_name_is_not_replaced(run, tmp_path):
+    """The same run again is; nothing is written for a call that is refused."""
+    keep.main(keep.Options((run,), tmp_path / "kept"))
+    with pytest.raises(SystemExit, match="another run is Task-v0__name__3"):
+        keep.main(keep.Options((run, run), tmp_path / "elsewhere"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (run / "evaluation.csv").unlink()
+    keep.main(keep.Options((run,), tmp_path / "kept"))
+    assert len(rows(tmp_path / "kept" / "Task-v0__name__3_episodes.csv")) == 3
+    info = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(info | {"git_commit": "another"}))
+    with pytest.raises(SystemExit, match="another run is Task-v0__name__3"):
+        keep.main(keep.Options((run,), tmp_path / "kept"))
+
+
 @pytest.mark.parametrize("missing, says", [("args.json", "is not a run directory"), ("episodes.csv", "no evaluation")])
 def test_what_cannot_be_kept(run, tmp_path, missing, says):
     (run / missing).unlink()
@@ -58,3 +78,5 @@ def test_training_episodes_of_late(run):
     """The mean is over the latest `count` that had ended by then, at equal steps those that stand last."""
     assert keep.training(run, [100, 150, 200], count=1) == {
         "train/cost": {150: 9.0, 200: 7.0}, "train/return": {150: 9.0, 200: 6.0}}
+    (run / "episodes.csv").write_text("split,step,return,cost\n" + "train,1,0,900\n" + 100 * "train,2,1,3\n")
+    assert keep.training(run, [2]) == {"train/cost": {2: 3.0}, "train/return": {2: 1.0}}  # the pages say: of 100

@@ -47,13 +47,14 @@ def test_a_mean_is_of_the_same_runs_at_every_step():
     assert plot.shared_steps({seed: seeds[seed] for seed in (1, 2)}) == []  # two seeds have no mean
 
 
-def test_interval_of_two_seeds_by_enumeration():
-    """Resampled means of (a, b) are a, (a + b) / 2, b with probability 1/4, 1/2, 1/4: the 95% interval is [a, b]."""
-    assert plot.interval(np.array([3.0, 7.0])) == (3.0, 7.0)
-    assert plot.interval(np.array([3.0])) == (3.0, 3.0) and plot.interval(np.array([2.0, 2.0])) == (2.0, 2.0)
+def test_interval_of_five_seeds_by_hand():
+    """Mean 5, squares of 4, 1, 0, 1, 4 over 4 degrees of freedom: 5 +- 2.776 sqrt(2.5 / 5)."""
+    assert plot.interval(np.array([3.0, 4.0, 5.0, 6.0, 7.0])) == pytest.approx((5 - 1.963, 5 + 1.963), abs=1e-3)
+    assert plot.interval(np.zeros(5)) == (0.0, 0.0)
 
 
 def test_interval_of_many_seeds_is_the_normal_one():
+    """Of 400 values the t distribution is all but normal."""
     values = np.random.default_rng(0).normal(5.0, 2.0, 400)
     low, high = plot.interval(values)
     half = 1.96 * values.std() / np.sqrt(400)
@@ -221,14 +222,15 @@ def test_rows_of_a_run(tmp_path):
 
 
 def test_a_judged_run_and_its_hours(tmp_path):
-    """--evaluate's episodes stand for those of the same step; the hours are those of the last checkpoint."""
+    """--evaluate's episodes stand for those of the same step, in balance too; hours are of the last checkpoint."""
     run_dir = make_run(tmp_path / "run")
     with open(run_dir / "evaluation.csv", "w", newline="") as file:
         csv.writer(file).writerows([("split", "step", "environment", "return", "cost", "length", "balance"),
-                                    ("eval", 200, 0, 6.0, 1.0, 1000, 0.5), ("eval", 200, 1, 7.0, 4.0, 1000, 0.5)])
+                                    ("eval", 200, 0, 6.0, 1.0, 1000, 0.5), ("eval", 200, 1, 7.0, 4.0, 1000, 0.25)])
     np.savez(run_dir / "checkpoint_200.npz", counters=np.array(json.dumps({"wall_time": 5400.0})))
     first, second = plot.evaluations(run_dir)
-    assert (first["return"], first["episodes"]) == (4.0, 2) and np.isnan(first["hours"])
+    assert (first["return"], first["episodes"], first["balance"]) == (4.0, 2, 0.25) and np.isnan(first["hours"])
+    assert second["balance"] == 0.375  # of the two; TensorBoard's 0.75 is of the evaluation in training
     assert (second["return"], second["cost"], second["episodes"], second["hours"]) == (6.5, 2.5, 2, 1.5)
     (run_dir / "checkpoint_200.npz").write_bytes(b"PK")
     assert np.isnan(list(plot.evaluations(run_dir))[1]["hours"])
