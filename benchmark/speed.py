@@ -398,9 +398,9 @@ def draw(rows, path):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left")
     save(figure, path, "One run on one machine. Updates and plans: medians of several measurements; "
-         "simulators and all in turn: one measurement. Networks are compared with a large matrix product, simulators with "
-         "simulators that do nothing else. Below, one size is changed at a time (in brackets: what it is in the run); on "
-         "the black line time grows as the size does.")
+         "simulators and all in turn: one measurement. Networks are compared with a large matrix product, simulators "
+         "with simulators that do nothing else. Below, one size is changed at a time (in brackets: what it is in the "
+         "run); on the black line time grows as the size does.")
 
 
 def read_rows(path):
