@@ -87,7 +87,6 @@ import traceback
 import types
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from functools import cache, partial
 from importlib import import_module, metadata
@@ -170,8 +169,8 @@ class Protocol:
     obs_transform: Literal["raw", "log", "bins"] = "raw"
     """observations as the networks see them: raw; log, which stretches the near end of a lidar (see transform_obs); or
     bins, which besides gives the encoder each entry as weights on bins (see spread_obs)"""
-    env_timeout: Positive = 60.0
-    """seconds after which an environment's process that gives no answer counts as dead"""
+    env_timeout: Annotated[float, (1 / LARGE, 1e6)] = 60.0
+    """seconds after which a process of environments that gives no answer counts as dead (300 where it does not step)"""
     eval_every: Natural = 50_000
     """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
     eval_episodes: Count = 10
@@ -1333,9 +1332,10 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
         raise SystemExit(f"--env-id {args.env_id} is not a task of Safety-Gymnasium; did you mean {', '.join(near)}?")
     context, workers = multiprocessing.get_context(start_method), []
 
-    def receive(process, pipe, group, timeout=300.0):  # importing the simulator takes long where many do it at once
+    def receive(process, pipe, group, least=300.0):  # importing the simulator takes long where many do it at once
+        timeout = max(args.env_timeout, least)
         try:
-            there = pipe.poll(timeout) or pipe.poll(1.0)  # the second where all were stopped (Ctrl-Z) for longer
+            there = any(pipe.poll(timeout / 60) for _ in range(60))  # a stop of all (Ctrl-Z) uses up one of them
             answer = pipe.recv() if there else f"no answer for {timeout:g} seconds"
         except Exception:  # it has ended, perhaps in the middle of an answer
             process.join(timeout=5)
@@ -1344,7 +1344,8 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
             ask("close")
             who = f"{('training', 'evaluation')[stream]} environment {', '.join(map(str, group))} of {args.env_id}"
             hint = "; --capture-video needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri" * drawn
-            raise ChildProcessError(f"{who} (seed {args.seed}): {answer}" + hint * ("gl" in answer.lower()))
+            found = bool(re.search("egl|osmesa|opengl|glfw|mujoco_gl", answer, re.IGNORECASE))
+            raise ChildProcessError(f"{who} (seed {args.seed}): {answer}" + hint * found)
         return answer
 
     def ask(command, values=(None,) * num_envs):
@@ -1357,7 +1358,7 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
         for _, pipe, group in asked:
             with contextlib.suppress(OSError):  # it is dead: `receive` says so
                 pipe.send((command, values[group[0]:group[-1] + 1]))
-        answers = [receive(*worker, *[args.env_timeout] * (command == "step")) for worker in asked]
+        answers = [receive(*worker, 0.0 if command == "step" else 300.0) for worker in asked]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *answers)
     atexit.register(ask, "close")  # Python's own end would wait for them: they ignore SIGTERM
     for group in map(list, np.array_split(range(num_envs), min(num_envs, len(os.sched_getaffinity(0))))):
@@ -1476,7 +1477,9 @@ def save_checkpoint(run_dir, run):
 
 def checkpoints(run_dir):
     """The checkpoints of a run, the newest last."""
-    return sorted(Path(run_dir).glob("checkpoint_[0-9]*.npz"), key=lambda path: (len(path.name), path.name))
+    step = lambda path: path.stem.removeprefix("checkpoint_")
+    return sorted(filter(lambda path: step(path).isdigit(), Path(run_dir).glob("checkpoint_*.npz")),
+                  key=lambda path: int(step(path)))
 
 
 def load_checkpoint(run_dir, templates, names=("step", "simulated", "cost")):
@@ -1495,26 +1498,21 @@ def load_checkpoint(run_dir, templates, names=("step", "simulated", "cost")):
     if not (found := checkpoints(run_dir)):
         raise SystemExit(f"{run_dir} has no checkpoint: the run was killed before its first evaluation, start it anew")
     try:
+        with zipfile.ZipFile(found[-1]) as file:  # NumPy does not reach an array's checksum where its header is damaged
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} is not what was written")
         with np.load(found[-1], allow_pickle=False) as file:
             counters = json.loads(str(file["counters"]))
             return jax.tree_util.tree_map_with_path(restore, templates), {name: counters[name] for name in names}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (MemoryError, jax.errors.JaxRuntimeError):  # it is full
+        raise
+    except Exception as error:
         hint = f"; remove it to go on from {found[-2].name}" if len(found) > 1 else ""
         raise SystemExit(f"{found[-1]} is damaged or not a checkpoint of this script: {error}{hint}")
 
 
-def open_run_dir(args, stack):
-    """The run's directory, new with args.json (flags, versions, git commit) unless it is resumed, and a TensorBoard
-    writer, which Weights & Biases follows with --track. SystemExit if another process trains there."""
-    from tensorboard.summary import Writer
-    run_dir = Path(args.resume or f"{args.runs_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    if not args.resume:
-        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True).stdout
-        versions = {x: metadata.version(x) for x in "jax jaxlib optax numpy safety-gymnasium gymnasium mujoco".split()}
-        info = {"script": Path(__file__).stem, "args": vars(args), "git_commit": git.decode().strip() or None,
-                "python": sys.version.split()[0], "packages": versions}
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
+def hold(run_dir, stack):
+    """Until the stack closes no other process may train there. SystemExit if one does."""
     lock = stack.enter_context(open(run_dir / "args.json", "r+"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1522,6 +1520,23 @@ def open_run_dir(args, stack):
         raise SystemExit(f"another process trains in {run_dir}")
     except OSError:
         pass  # a file system without locks
+
+
+def open_run_dir(args, stack):
+    """The run's directory, new with args.json (flags, versions, git commit) unless it is resumed, and a TensorBoard
+    writer, which Weights & Biases follows with --track."""
+    from tensorboard.summary import Writer
+    name, second = f"{args.env_id}__{args.exp_name}__{args.seed}", int(time.time())
+    while (run_dir := Path(args.resume or f"{args.runs_dir}/{name}__{second}")).exists() and not args.resume:
+        second += 1
+    if not args.resume:
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True).stdout
+        versions = {x: metadata.version(x) for x in "jax jaxlib optax numpy safety-gymnasium gymnasium mujoco".split()}
+        info = {"script": Path(__file__).stem, "args": vars(args), "git_commit": git.decode().strip() or None,
+                "python": sys.version.split()[0], "packages": versions}
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
+        hold(run_dir, stack)
     if args.track:
         tracked = import_module("wandb").init(
             project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", dir=run_dir,
@@ -1556,6 +1571,15 @@ def next_updates(args, step, done):
     return math.ceil(left / math.ceil(left / 100)) if left > 0 else 0
 
 
+def device():
+    """What JAX computes on. SystemExit if it finds nothing."""
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # one says which platforms there are, the other nothing
+        told = str(error).partition("\n")[0] or "JAX_PLATFORMS=" + os.getenv("JAX_PLATFORMS", "")
+        raise SystemExit(f"JAX finds no device: {told}")
+
+
 def fresh(args, sizes, key):
     """Agent, actor and buffer at a run's first moment, by name."""
     key_agent, key_actor = jax.random.split(key)
@@ -1566,12 +1590,13 @@ def fresh(args, sizes, key):
 def begin(args, ask, sizes):
     """A run at its first moment, or with --resume at that of its newest checkpoint: on the same machine and versions
     with its environments as they were, to the last bit; elsewhere unfinished episodes end by truncation."""
-    make, key, nothing = partial(fresh, args, sizes), jax.random.key(args.seed), np.zeros((args.num_envs, 3))
+    where, nothing = device(), np.zeros((args.num_envs, 3))
+    make, key = partial(fresh, args, sizes), jax.random.key(args.seed)
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make, key)["buffer"])) / 2**30
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > (there := (jax.devices()[0].memory_stats() or {}).get("bytes_limit", there) / 2**30):
-        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB, {jax.devices()[0]} has {there:.1f}: lower "
-                         "--buffer-size (--train-every, where one rollout is kept)")
+    if needed > (there := (where.memory_stats() or {}).get("bytes_limit", there) / 2**30):
+        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB, {where} has {there:.1f}: lower --buffer-size "
+                         "(--train-every, where one rollout is kept)")
     if not args.resume:
         obs, episodes = ask("reset", [(0, [])] * args.num_envs)
         return Run(**jax.jit(make)(key), step=0, completed=0, simulated=0, cost=0.0, episodes=episodes, so_far=nothing,
@@ -1627,10 +1652,12 @@ def train(args, stopping=()):
         stack.callback(ask, "close")
         ask_eval, *_ = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
         stack.callback(ask_eval, "close")
+        if args.resume:  # now: the processes above, forked, would have held it too
+            hold(Path(args.resume), stack)
         run, (run_dir, writer) = begin(args, ask, sizes), open_run_dir(args, stack)
         began, spent, values, episodes, failure = time.monotonic() - run.wall_time, Counter(), {}, [], None
         advised = advice(args) if jax.default_backend() == "cpu" else ""
-        print(f"{run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {jax.devices()[0]}\n{advised}".rstrip())
+        print(f"{run_dir}: {sizes[0]} observations, {sizes[1]} actions, on {device()}\n{advised}".rstrip())
         bar = stack.enter_context(tqdm(total=args.total_timesteps, initial=run.step, unit="step", unit_scale=True,
                                        dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 60.0))
         try:
@@ -1658,8 +1685,8 @@ def train(args, stopping=()):
             failure = error
         if run.completed < args.total_timesteps:
             save_checkpoint(run_dir, run._replace(wall_time=time.monotonic() - began))
-            changed = f" --total-timesteps {args.total_timesteps} --eval-every {args.eval_every}" * bool(args.resume)
-            bar.write(f"stopped at step {run.step:,}; go on with --resume {run_dir}{changed}", file=sys.stderr)
+            again = "the same command" if args.resume else f"--resume {run_dir}"
+            bar.write(f"stopped at step {run.step:,}; go on with {again}", file=sys.stderr)
         if failure:
             raise failure
         return episodes if run.completed >= args.total_timesteps else []
@@ -1685,8 +1712,6 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
             values[f"eval/{tag}"] = np.mean([episode[name] for episode in episodes])
         values |= critic_metrics(args, run.agent, episodes)
         run = run._replace(rows=run.rows + [["eval", step, *map(each.get, COLUMNS[2:])] for each in episodes])
-        if frames:
-            write_video(run_dir / "videos" / f"{step}.mp4", frames)
     for tag, value in values.items():
         writer.add_scalar(tag, float(value), step)
     writer.flush()
@@ -1697,6 +1722,8 @@ def end_cycle(args, ask_eval, run_dir, writer, run, values, bar, stopping):
     if due:
         save_checkpoint(run_dir, run)
         bar.write(summary(args, episodes, step, values["charts/cost_rate"], run.wall_time))
+        if frames:
+            write_video(run_dir / "videos" / f"{step}.mp4", frames)
     return run, episodes
 
 
@@ -1706,6 +1733,7 @@ def evaluate_run(args):
     with contextlib.ExitStack() as stack:
         ask, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
         stack.callback(ask, "close")
+        device()
         shapes = jax.eval_shape(partial(fresh, args, sizes), jax.random.key(0))
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         episodes, frames = evaluate(args, trees["agent"], ask)
@@ -1754,8 +1782,8 @@ def problems(args):
             least = "positive" if 0 < low < 1 else f"at least {low:g}"
             least = least if math.isfinite(value) and low > -LARGE else "a finite number"
             found.append(f"{flag} must be {least}" + (f" and at most {high:.10g}" if high < LARGE else ""))
-        if isinstance(value, str) and not value.isprintable():  # bytes that are not UTF-8 are not either
-            found.append(f"{flag} must be printable text")
+        if isinstance(value, str) and not (value and value.isprintable()):  # bytes that are not UTF-8 are not either
+            found.append(f"{flag} must be printable text" if value else f"{flag} must not be empty")
     return found or [message for holds, message in rules(args) if not holds]
 
 
@@ -1827,13 +1855,13 @@ def main(argv=None):
             done = evaluate_run(args) if args.evaluate else train(args, stopping)
             for error in failed:
                 raise error
-        except (OSError, ImportError, RuntimeError, AssertionError, MemoryError) as error:
+        except (OSError, ImportError, RuntimeError, MemoryError) as error:
             told = str(error).partition("\n")[0]
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in told:
                 raise SystemExit(f"the memory is full ({told or 'of this machine'}): choose smaller sizes")
-            told = told or "JAX finds no device: JAX_PLATFORMS=" + os.getenv("JAX_PLATFORMS", "")
-            if not (isinstance(error, (OSError, ImportError)) or re.search("backend|JAX_PLATFORMS=.|MUJOCO_GL", told)):
+            if not (isinstance(error, (OSError, ImportError)) or "MUJOCO_GL" in told):
                 raise
+            told = told or type(error).__name__
             raise SystemExit(told + "; the last checkpoint stays" * bool(getattr(error, "errno", 0)))
         if stopping and not done:  # at once: Python's own exit has crashed under XLA's threads, still computing
             (os._exit if ours else sys.exit)(128 + stopping[0])

@@ -66,6 +66,13 @@ def test_the_controller_by_hand(costs, error):
     assert steered(costs) == pytest.approx(0.1 * np.exp(0.02 * error), rel=1e-5)
 
 
+def test_the_controller_counts_simulator_steps():
+    """100 updates of 2 steps each at half an update a step are 400: e = 0.5 gives 0.1 e^0.004, whatever the default."""
+    args = dataclasses.replace(RING, action_repeat=2)
+    found = steer(args, jnp.float32(0.1), ring([[True] * 3], [[6.0] * 3]), 100)
+    assert found == pytest.approx(0.1004008, rel=1e-6)
+
+
 def test_blocks_of_updates_add_up():
     """However a cycle's updates are cut into blocks, lambda ends at the same place."""
     assert steered((8, 8, 8), 70, steered((8, 8, 8), 30)) == pytest.approx(steered((8, 8, 8)), rel=1e-5)

@@ -27,10 +27,10 @@ EXPECTATION = small_args(cost_read_out="expectation", cost_gamma=0.95, num_bins=
 # ----------------------------------------------------------------------------------------------------------------------
 def test_transform_by_hand():
     """METHOD §11: [0, 1] is -log(1.02 - x), unbounded is symlog, what is bounded otherwise stays."""
-    low = np.array([0.0, 0.0, 0.0, -np.inf, -np.inf, -1.0, 0.0])
-    high = np.array([1.0, 1.0, 1.0, np.inf, np.inf, 1.0, np.inf])
-    obs = np.array([0.0, 1.0, 0.92, math.e - 1, 1 - math.e, 0.7, 5.0])
-    expected = [-math.log(1.02), -math.log(0.02), -math.log(0.1), 1.0, -1.0, 0.7, 5.0]
+    low = np.array([0.0, 0.0, 0.0, -np.inf, -np.inf, -1.0, 0.0, -np.inf])
+    high = np.array([1.0, 1.0, 1.0, np.inf, np.inf, 1.0, np.inf, 5.0])
+    obs = np.array([0.0, 1.0, 0.92, math.e - 1, 1 - math.e, 0.7, 5.0, 3.0])
+    expected = [-math.log(1.02), -math.log(0.02), -math.log(0.1), 1.0, -1.0, 0.7, 5.0, 3.0]
     np.testing.assert_allclose(transform_obs(obs, low, high), expected, rtol=1e-12)
 
 
@@ -175,6 +175,40 @@ def test_costs_start_at_zero(cost_gamma):
     for layers in (agent.model["cost"], agent.model["qc"], agent.target["qc"]):
         read = cost_heads(args, layers, z, jnp.ones((20, 2)))
         assert read.shape == (layers[0]["b"].shape[0], 20) and float(read.max()) < 0.01
+        bins = np.asarray(cost_bins(args), float)
+        weights = np.where(bins > 0, math.exp(-10) / (1 + bins), 1.0)
+        np.testing.assert_allclose(read, weights @ bins / weights.sum(), rtol=2e-3)
+
+
+def says(layers, probabilities):
+    """An ensemble that answers anything with these."""
+    last = jax.tree.map(jnp.zeros_like, layers[-1])
+    return *layers[:-1], last | {"b": last["b"] + jnp.log(jnp.array(probabilities))}
+
+
+def test_every_reader_takes_costs_as_expectations(monkeypatch):
+    """Bins 0, 2, 8: cost heads that say 1/2, 1/4, 1/4 read 2.5, Qc of 1/4, 1/2, 1/4 reads 3. A plan of two steps at a
+    discount of 1/2 costs 2.5 + 1.25 + 0.75 = 4.5; the violation is 3 - 0.1. (By symlog: less than 0.)"""
+    args = small_args(cost_read_out="expectation", num_bins=3, action_repeat=4, cost_gamma=0.5, horizon=2)
+    agent = random_agent(args, 3, 2)
+    model = agent.model | {"cost": says(agent.model["cost"], [0.5, 0.25, 0.25]),
+                           "qc": says(agent.model["qc"], [0.25, 0.5, 0.25])}
+    zs, mask, number, compared = jnp.full((3, 8, 16), 0.125), jnp.ones((3, 8)), jnp.float32(0.1), []
+    monkeypatch.setattr(spowl, "prefer_plan", lambda *values: compared.extend(values[3:5]) or jnp.array(True))
+
+    @jax.jit
+    def read(keys):
+        _, costs = spowl.evaluate_plans(args, model, agent.policy, zs[0, 0], jnp.zeros((2, 4, 2)), keys[0])
+        *_, metrics = spowl.policy_loss(agent.policy, args, model, zs, mask, number, number, number, keys[1])[1]
+        spowl.decide(args, model, agent.policy, zs[0, 0], jnp.zeros((2, 2)), keys[2], False)
+        return costs, metrics["lagrangian/violation"], jnp.stack(compared)
+
+    costs, violation, compared = read(jax.random.split(jax.random.key(0), 3))
+    np.testing.assert_allclose(costs, 4.5, rtol=1e-5)
+    assert violation == pytest.approx(2.9, rel=1e-5)
+    np.testing.assert_allclose(compared, 3.0, rtol=1e-5)  # the plan's and the policy's Qc
+    one_step, qc = spowl.read_costs(args, model, np.ones((5, 3), np.float32), np.zeros((5, 2), np.float32))
+    np.testing.assert_allclose([one_step, qc], [[2.5] * 5, [3.0] * 5], rtol=1e-5)
 
 
 def test_bootstrapping_does_not_drift():
@@ -230,8 +264,10 @@ def test_runs_of_any_length_trace_the_same_multiplier():
 def test_the_pace_of_the_defaults_is_one():
     assert pace(Args()) == 1.0
     assert pace(Args(total_timesteps=300_000, updates_per_step=0.5)) == pytest.approx(1e6 / 30_000)
+    assert [pace(Args(action_repeat=repeat)) for repeat in (1, 10)] == pytest.approx([0.2, 2.0])  # 5M, 500k updates
     args = small_args(total_timesteps=500_000)
-    assert jax.jit(lambda key: init_agent(args, key, 3, 2).penalty)(jax.random.key(0)) == pytest.approx(5e-8)
+    agent = jax.jit(lambda key: init_agent(args, key, 3, 2)._replace(model=0, policy=0))(jax.random.key(0))
+    assert (float(agent.penalty), float(agent.scale)) == pytest.approx((5e-8, 1.0))
     args = small_args(total_timesteps=500, mu_init=0.5)  # a thousand times 0.5, but for its cap
     assert jax.jit(lambda key: init_agent(args, key, 3, 2).penalty)(jax.random.key(0)) == 1.0
 

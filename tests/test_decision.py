@@ -124,6 +124,19 @@ def test_plan_without_exploration(monkeypatch, agent):
         "charts/balance": [1.0], "planner/some": [1.5]}
 
 
+@pytest.mark.parametrize("take_plan", [True, False])
+def test_a_plan_goes_on_from_the_last_one(monkeypatch, agent, take_plan):
+    """§5: the last mean reaches the planner, and its new one is kept whether or not the plan is executed."""
+    monkeypatch.setattr(spowl, "plan", lambda args, model, policy, z, last_mean, key: (
+        Plan(last_mean + 1.0, 0.0 * last_mean, last_mean[0]), {}))
+    monkeypatch.setattr(spowl, "prefer_plan", lambda *_: jnp.array(take_plan))
+    last = jnp.array([[0.25, -0.5], [0.75, 0.0]])
+    run = jax.jit(lambda key: decide(ARGS, agent.model, agent.policy, Z, last, key, False))
+    action, mean, _ = run(jax.random.key(0))
+    np.testing.assert_array_equal(mean, last + 1.0)
+    assert (action.tolist() == [0.25, -0.5]) == take_plan
+
+
 def test_plan_with_exploration(monkeypatch, agent):
     """§5: in training plus std x noise, with the std of the plan's first step, clipped to [-1, 1]."""
     keys = jax.random.split(jax.random.key(0), 2000)
@@ -214,8 +227,8 @@ def test_the_old_actor_stays_and_its_key_is_kept(agent):
 
 def test_is_first_resets_the_warm_start_of_that_environment_only(agent):
     """§5: mean 0 after a reset; the neighbours go on from their own last plan."""
-    warm, _ = run_act(agent, new_actor(mean=0.4))
-    cold, _ = run_act(agent, new_actor(mean=0.0))
+    (warm, after), (cold, other) = (run_act(agent, new_actor(mean=mean)) for mean in (0.4, 0.0))
+    assert np.abs(after.plan_mean - other.plan_mean).max() > 0.01  # a warm start makes a difference
     mixed, _ = run_act(agent, new_actor(mean=0.4), is_first=np.array([False, True, False]))
     np.testing.assert_array_equal(mixed[[0, 2]], warm[[0, 2]])
     np.testing.assert_array_equal(mixed[1], cold[1])

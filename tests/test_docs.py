@@ -11,7 +11,7 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tools/diffs
          *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("spowl_*.py")), *sorted(ROOT.glob("ablations/*.py")), *sorted(ROOT.glob("baselines/*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-TAG = re.compile(r"""["'{ ](?:charts|eval|critic|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
+TAG = re.compile(r"""["'{ ](?:charts|cvpo|eval|critic|losses|lagrangian|planner|time)/[a-zA-Z_]+""")
 
 
 def anchors(page):

@@ -126,13 +126,12 @@ def test_a_run_whose_last_agent_step_is_cut_short_is_evaluated_and_saved(scripte
 
 
 def test_a_resumed_run_that_is_stopped_again_says_how_it_was_going_on(scripted_train, tmp_path, capfd):
-    """Flags that a resumed run was given stand in no file: the next line has them. At its end it is refused."""
+    """Flags that a resumed run was given stand in no file. At its end it is refused."""
     scripted_train(runs_dir=str(tmp_path))
     (directory,) = tmp_path.iterdir()
     capfd.readouterr()
     assert scripted_train(resume=str(directory), total_timesteps=200, eval_every=100, stopping=[15]) == []
-    assert (f"stopped at step 100; go on with --resume {directory} --total-timesteps 200 --eval-every 100\n"
-            in capfd.readouterr().err)
+    assert "stopped at step 100; go on with the same command\n" in capfd.readouterr().err
     with pytest.raises(SystemExit, match="is at step 100 already: raise --total-timesteps"):
         scripted_train(resume=str(directory))
 
@@ -291,11 +290,12 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch, end):
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
+    (tmp_path / "checkpoint_100000_best.npz").touch()
     for step in (5, 900, 1000, 20_000):
         spowl.save_checkpoint(tmp_path, tiny_run(step))
         assert spowl.checkpoints(tmp_path)[-1].name == f"checkpoint_{step}.npz"
     assert [path.name for path in spowl.checkpoints(tmp_path)] == ["checkpoint_1000.npz", "checkpoint_20000.npz"]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3  # a copy by another name is none of them
 
 
 def test_a_cycle_that_was_interrupted_is_reported_whole(tmp_path):
@@ -327,17 +327,27 @@ def test_a_cycle_that_was_interrupted_is_reported_whole(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Two processes in one directory
 # ----------------------------------------------------------------------------------------------------------------------
-def test_a_second_process_is_refused(scripted_train, tmp_path):
-    """In one line, before it changes anything; once the first has ended, no longer."""
+def test_two_runs_of_one_name_in_one_second(tmp_path, monkeypatch):
+    """Each has a directory of its own."""
+    monkeypatch.setattr(spowl.time, "time", lambda: 1795.5)
+    for _ in range(3):
+        with contextlib.ExitStack() as stack:
+            spowl.open_run_dir(small_args(env_id="Task-v0", exp_name="name", runs_dir=str(tmp_path)), stack)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"Task-v0__name__1__{1795 + k}" for k in range(3)]
+
+
+def test_a_second_process_is_refused(scripted_train, tmp_path, monkeypatch):
+    """In one line, before it reads or changes anything; once the first has ended, no longer."""
     scripted_train(runs_dir=str(tmp_path), stopping=[15])
     (directory,) = tmp_path.iterdir()
     contents = lambda: {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
     with contextlib.ExitStack() as first:
-        spowl.open_run_dir(small_args(resume=str(directory)), first)
+        spowl.hold(directory, first)
         (directory / "episodes.csv").write_text("as it is")
         before = contents()
         for _ in range(2):
-            with pytest.raises(SystemExit) as stop:
+            with pytest.raises(SystemExit) as stop, monkeypatch.context() as patch:
+                patch.setattr(spowl, "load_checkpoint", None)
                 scripted_train(resume=str(directory))
             assert str(stop.value) == f"another process trains in {directory}" and contents() == before
     assert len(scripted_train(resume=str(directory))) == 2

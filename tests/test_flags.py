@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_train import SCRIPT, command, main, one_line, scripted
 
 import spowl_continuous as spowl
+from baselines import tdmpc2
 from spowl_continuous import parse_args
 
 AT_LEAST_ONE = """num-envs action-repeat total-timesteps train-every eval-episodes batch-size latent-dim enc-dim mlp-dim
@@ -58,7 +59,7 @@ BAD += [
     ("--preset laptop --mu-growth 1e12", "--mu-growth is too large"),
     ("--log-std-min 3", "smaller than --log-std-max"), ("--exp-name a/b", "must not hold a slash"),
     ("--train-every 500 --updates-per-step 1.105", "must make a whole number of updates of 500 / 5 agent steps"),
-    ("--resume a --evaluate a", "a is not a run directory"),
+    ("--resume a --evaluate a", "a is not a run directory"), ("--env-timeout 1e7", "positive and at most 1000000"),
     ("--resume /nowhere", "is not a run directory"), ("--evaluate /nowhere", "is not a run directory"),
 ]
 UNREADABLE = [
@@ -124,6 +125,13 @@ def test_text_that_cannot_be_printed_is_refused(text):
     assert spowl.problems(dataclasses.replace(spowl.Args(), exp_name="größer 0.5", runs_dir="/tmp/läufe 2")) == []
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate", "--runs-dir", "--env-id"])
+def test_a_shells_empty_variable_is_refused(flag):
+    """No training in the place of --evaluate "$RUN", no new run in that of --resume, none in the root directory."""
+    with pytest.raises(SystemExit, match=f"^{flag} must not be empty$"):
+        parse_args([flag, ""])
+
+
 def test_every_number_of_updates_that_is_whole_is_accepted():
     """500 simulator steps are 100 agent steps: each hundredth of an update per step makes a whole number, though 35 of
     the 300 products are none in floats. As many are due as the flag says."""
@@ -131,6 +139,8 @@ def test_every_number_of_updates_that_is_whole_is_accepted():
     assert sum(500 / 5 * (n / 100) % 1 != 0 for n in hundredths) == 35
     each = {n: dataclasses.replace(spowl.Args(), train_every=500, updates_per_step=n / 100) for n in hundredths}
     assert [n for n, args in each.items() if spowl.problems(args)] == []
+    others = [tdmpc2.Args(train_every=500, updates_per_step=n / 100) for n in hundredths]
+    assert [args for args in others if tdmpc2.problems(args)] == []  # whose rules are its own
     made = {n: {*np.diff([spowl.updates_due(args, 500 * k) for k in range(20)])} for n, args in each.items()}
     assert made == {n: {n} for n in each}
     assert parse_args("--train-every 500 --updates-per-step 1.1".split()).updates_per_step == 1.1
@@ -199,9 +209,9 @@ def test_a_buffer_that_cannot_fit_is_refused(monkeypatch):
     ("--capture-video", {"MUJOCO_GL": "disable"},
      "evaluation environment 0(, 1)? of .*; --capture-video needs EGL or OSMesa"),
     ("--env-id SafetyPointGoal1Vision-v0", {}, "SafetyPointGoal1Vision-v0 .*observations must be flat vectors: "),
-    ("", {"JAX_PLATFORMS": "cuda"}, "^JAX finds no device: JAX_PLATFORMS=cuda$|backend.*cuda"),
+    ("", {"JAX_PLATFORMS": "cuda"}, "^JAX finds no device: .*cuda"),
     ("", {"JAX_ENABLE_X64": "1"}, "^JAX_ENABLE_X64 is set: "),
-    ("", {"JAX_PLATFORMS": "toaster"}, "backend.*toaster")],
+    ("", {"JAX_PLATFORMS": "toaster"}, "^JAX finds no device: .*toaster")],
     ids=["MuJoCo", "drawing", "pictures", "CUDA", "float64", "no device"])
 def test_on_the_command_line(place, words, variables, expected):
     """One line before training begins, no traceback, nothing left behind."""

@@ -293,9 +293,9 @@ def test_update_scale_by_hand(scale, q, expected):
 
 
 def stand_in_policy_sample(args, policy, z, key):
-    """A policy of one number: action and log pi are plain functions of it and of z."""
+    """A policy of one number: sampled action and log pi are plain functions of it and of z; its mean is not wanted."""
     action = jnp.tanh(policy * z[..., :ACTIONS] * 8.0)
-    return action, action, policy * jnp.sum(z[..., :4], -1) * 300.0
+    return action, jnp.full_like(action, jnp.nan), policy * jnp.sum(z[..., :4], -1) * 300.0
 
 
 def np_policy_loss(policy, args, model, zs, mask, multiplier, penalty, scale, q_heads, qc_heads, held_scale=None):

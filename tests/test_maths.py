@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import np_cross_entropy, np_layer_norm, np_mish, np_two_hot
+from conftest import np_cross_entropy, np_layer_norm, np_mish, np_two_hot, small_args
 from hypothesis import given
 from hypothesis import strategies as st
 
+import spowl_continuous as spowl
 from spowl_continuous import (cross_entropy, layer_norm, masked_mean, norm_mish, read_out, sim_norm, symexp, symlog,
                               two_hot)
 
@@ -18,6 +19,7 @@ two_hot, sim_norm = jax.jit(two_hot, static_argnums=(1, 2)), jax.jit(sim_norm, s
 read_out, cross_entropy = jax.jit(read_out), jax.jit(cross_entropy)
 masked_mean, norm_mish = jax.jit(masked_mean), jax.jit(norm_mish)
 NUMBERS = np.array([0.0, 1e-4, 0.03, -0.03, 0.5, 1.0, -1.0, 3.7, -25.0, 144.4, -2000.0, 21000.0])
+EXPECTATION = small_args(cost_read_out="expectation", num_bins=101)
 any_float = st.floats(width=32, allow_nan=False)
 
 
@@ -29,6 +31,18 @@ def test_symlog_by_hand(x, expected):
     """§3: sign(x) log(1 + |x|)."""
     assert symlog(x) == pytest.approx(expected, rel=1e-6)
     assert symexp(expected) == pytest.approx(x, rel=1e-6)
+
+
+@pytest.mark.parametrize("function, shapes", [
+    (lambda x: spowl.read_out(x, 10.0), [(3, 5)]), (partial(spowl.cost_read_out, EXPECTATION), [(3, 101)]),
+    (spowl.norm_mish_backward, [((3, 8), (3, 1), (3, 8), (8,)), (3, 8)])])
+def test_products_that_a_gpu_would_round_say_so(function, shapes):
+    """To 10 bits, in TF32: numbers that are read out, and the derivative of every layer."""
+    zeros = [jnp.zeros(shape) if isinstance(shape[0], int) else tuple(map(jnp.zeros, shape)) for shape in shapes]
+    with jax.default_matmul_precision("default"):
+        equations = jax.make_jaxpr(function)(*zeros).jaxpr.eqns
+    found = {equation.params["precision"] for equation in equations if equation.primitive.name == "dot_general"}
+    assert found == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def test_symexp_inverts_symlog():

@@ -127,7 +127,8 @@ def test_args_json_holds_all_flags_and_versions(point):
     info = json.loads((point.dir / "args.json").read_text())
     assert info["script"] == "spowl_continuous" and info["python"] == sys.version.split()[0]
     assert info["args"] == dataclasses.asdict(parse_args(POINT + ["--runs-dir", str(point.dir.parent)]))
-    assert info["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", info["git_commit"])
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert info["git_commit"] == (head or None)  # of the script's repository, wherever it is run
     named = "jax jaxlib optax numpy safety-gymnasium gymnasium mujoco".split()
     assert info["packages"] == {name: metadata.version(name) for name in named}
 
@@ -336,6 +337,7 @@ def test_another_seed_gives_other_numbers(point, other_seed):
     names = [name for name in names if ".done" not in name and ".terminated" not in name and "cost" not in name]
     assert len(names) > 20 and not any(np.array_equal(arrays[name], other[name]) for name in names)
     assert not (arrays["['buffer'].rows.obs"][0] == other["['buffer'].rows.obs"][0]).all(-1).any()
+    assert not np.isin(*(each["['buffer'].rows.action"][:10] for each in (arrays, other))).any()  # drawn at random
     assert rows_of(point.dir / "episodes.csv")[0]["return"] != rows_of(other_seed.dir / "episodes.csv")[0]["return"]
 
 
@@ -483,10 +485,14 @@ def test_flags_that_matter_cannot_change_on_resume(point, flag, value):
 def test_resume_and_evaluate_take_the_flags_of_the_run(point):
     """Its own flags without repeating them; those that may differ do."""
     saved = Args(**json.loads((point.dir / "args.json").read_text())["args"])
-    resumed = parse_args(["--resume", str(point.dir), "--total-timesteps", "9000", "--eval-episodes", "7"])
-    assert resumed == dataclasses.replace(saved, resume=str(point.dir), total_timesteps=9000, eval_episodes=7)
+    free = {"total_timesteps": 9000, "eval_every": 500, "eval_episodes": 7, "env_timeout": 9.0, "capture_video": True,
+            "track": True, "wandb_project_name": "p", "wandb_entity": "e", "runs_dir": "r", "resume": str(point.dir)}
+    words = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in free.items()]
+    assert parse_args(words) == dataclasses.replace(saved, **free)
     evaluated = parse_args(["--evaluate", str(point.dir), "--seed", "5", "--capture-video"])
     assert evaluated == dataclasses.replace(saved, evaluate=str(point.dir), seed=5, capture_video=True)
+    with pytest.raises(SystemExit, match="^--resume and --evaluate exclude each other$"):
+        parse_args(["--resume", str(point.dir), "--evaluate", str(point.dir)])
 
 
 # Where the tests run in the background, Ctrl-C is ignored, and what they start would ignore it too.
@@ -682,6 +688,21 @@ def test_a_flipped_byte_is_noticed_or_harmless(copied, load, part):
         assert same_arrays(intact, loaded)
 
 
+@pytest.mark.parametrize("before, offset", [
+    (b"\x93NUMPY", 8), (b"PK\x01\x02", 6), (b"PK\x01\x02", 8), (b"PK\x01\x02", 10)])
+def test_a_flipped_bit_where_numpy_does_not_look_is_noticed(copied, load, before, offset):
+    """The length of an array's header, by which all numbers move by two bytes; the table of the zip file: version,
+    encryption, compression."""
+    path = newest(copied)
+    data = bytearray(path.read_bytes())
+    place = data.index(before, data.index(b"['buffer'].rows.obs") if offset == 8 and before[:1] != b"P" else 0)
+    data[place + offset] ^= 0x02 if before[:1] != b"P" else 0x41
+    path.write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        load()
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value)
+
+
 def test_a_loaded_checkpoint_holds_what_was_saved(copied, load):
     """Every array of agent, actor and buffer comes back with its bits and its type, and the counters asked for."""
     trees, counters, loaded = load(Run._fields[3:])
@@ -753,7 +774,7 @@ def resumed_args(run_dir, *flags):
 def in_use(directory):
     """The message with which resuming a run is refused."""
     with contextlib.ExitStack() as stack, pytest.raises(SystemExit) as stop:
-        spowl.open_run_dir(resumed_args(directory), stack)
+        spowl.hold(directory, stack)
     return str(stop.value)
 
 
@@ -766,7 +787,7 @@ def test_a_run_in_use_is_not_resumed(copied):
         assert sorted((path.name, path.stat().st_mtime_ns) for path in copied.iterdir()) == before
     for _ in range(2):
         with contextlib.ExitStack() as stack:
-            assert spowl.open_run_dir(resumed_args(copied), stack)[0] == copied
+            spowl.hold(copied, stack)
             assert in_use(copied) == f"another process trains in {copied}"
 
 
@@ -792,7 +813,7 @@ def test_a_file_system_without_locks_is_no_other_process(copied, monkeypatch, nu
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with contextlib.ExitStack() as stack:
-        spowl.open_run_dir(resumed_args(copied), stack)
+        spowl.hold(copied, stack)
 
 
 class Wandb(types.ModuleType):

@@ -64,7 +64,8 @@ def spied_update():
 
     def spy_world(model, args, batch, next_z, q_target, qc_target, keep_q, keep_qc):
         loss, (metrics, zs) = original_world(model, args, batch, next_z, q_target, qc_target, keep_q, keep_qc)
-        return loss, (metrics | {"spy/world": {"next_z": next_z, "keep_q": keep_q, "keep_qc": keep_qc}}, zs)
+        return loss, (metrics | {"spy/world": {"next_z": next_z, "keep_q": keep_q, "keep_qc": keep_qc,
+                                               "q_target": q_target, "qc_target": qc_target}}, zs)
 
     def spy_policy(policy, args, model, zs, mask, *numbers_and_key):
         loss, (*numbers, metrics) = original_policy(policy, args, model, zs, mask, *numbers_and_key)
@@ -150,6 +151,19 @@ def test_targets_move_by_tau(one_update):
             assert not np.array_equal(old, new)
 
 
+def test_targets_are_read_from_the_target_heads(spied_update):
+    """Eq. 6: not from the online ones. Target heads that are sure of bin 6 of -10, -8, ..., 10 read e^2 - 1 = 6.38906,
+    times gamma 6.22933; of bin 7 e^4 - 1 = 53.59815, times gamma_c 53.43736."""
+    agent, batch = new_agent(), make_batch()[0]
+    sure = lambda layers, k: (*layers[:-1], jax.tree.map(jnp.zeros_like, layers[-1]) | {
+        "b": jnp.zeros_like(layers[-1]["b"]) + 50.0 * jnp.eye(11)[k]})
+    agent = agent._replace(target={"q": sure(agent.target["q"], 6), "qc": sure(agent.target["qc"], 7)})
+    spy = spied_update(ARGS, agent, batch, jax.random.key(0))[1]["spy/world"]
+    going = 1.0 - np.asarray(batch.terminated)
+    np.testing.assert_allclose(spy["q_target"], batch.reward + 6.22933 * going, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(spy["qc_target"], batch.cost + 53.43736 * going, rtol=1e-4, atol=1e-4)
+
+
 def test_policy_is_trained_on_the_rollout_against_the_new_heads(one_update):
     """§4: the latents are those of the model's own step, Q and Qc are read after it; latents past an end are masked."""
     agent, batch, after, metrics = one_update
@@ -185,7 +199,8 @@ def test_counters_and_multiplier(one_update):
     assert (int(agent.num_updates), int(after.num_updates)) == (0, 1)
     assert after.penalty == pytest.approx(1e-3 * 1.01, rel=1e-5)
     assert after.multiplier == pytest.approx(0.2 + 1e-3 * float(metrics["lagrangian/violation"]), rel=1e-5)
-    assert 1.0 <= after.scale < 2.0 and leaves_equal(after.key, agent.key)
+    assert metrics["losses/q_scale"] == after.scale and leaves_equal(after.key, agent.key)
+    assert 1.0 <= after.scale < 2.0 and metrics["losses/policy_grad_norm"] != metrics["losses/model_grad_norm"]
 
 
 def test_policy_side_leaves_the_model_alone(spied_update, one_update):
@@ -196,6 +211,7 @@ def test_policy_side_leaves_the_model_alone(spied_update, one_update):
     for part in ("model", "target", "model_opt"):
         assert leaves_equal(getattr(changed, part), getattr(after, part))
     assert not leaves_equal(changed.policy, after.policy)
+    assert changed.scale - after.scale == pytest.approx(0.99 * 39, abs=0.005)  # S goes on from where it was
 
 
 def test_update_ignores_what_lies_past_an_end(spied_update, one_update):
@@ -225,6 +241,8 @@ def test_scan_equals_a_loop(spied_update):
         np.testing.assert_allclose(as_numpy(ours), as_numpy(expected), rtol=1e-3, atol=3e-5)
     for name in LOGGED:
         assert metrics[name] == pytest.approx(np.mean([one[name] for one in losses]), rel=1e-3, abs=1e-5)
+    assert metrics["losses/param_norm"] == pytest.approx(norm((scanned.model, scanned.policy)), rel=1e-5)
+    assert norm(scanned.policy) > 0.05 * norm(scanned.model)  # it would show if it were left out
 
 
 def test_losses_fall_on_a_fixed_dataset_and_nothing_is_compiled_twice():

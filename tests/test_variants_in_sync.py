@@ -110,8 +110,8 @@ def test_another_method_has_the_same_around_it(path):
     method = {name for name, text in pieces(other.partition(SURROUND)[0])[0].items() if ours.get(name) == text}
     assert {name for name in method if not name.startswith("Args.")} == claims(other)["same"]
     assert sync.surrounded(full, other) == other
-    change = lambda source: source.replace("timeout=300.0", "timeout=301.0").replace("INT\", whole", "INT\", float")
-    assert change(full).count("timeout=301.0") == change(full).count("INT\", float") == 1
+    change = lambda source: source.replace("least=300.0", "least=301.0").replace("INT\", whole", "INT\", float")
+    assert change(full).count("least=301.0") == change(full).count("INT\", float") == 1
     assert sync.surrounded(change(full), other) == change(other)
 
 
