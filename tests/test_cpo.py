@@ -13,8 +13,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from test_ppo_lagrangian import (ACTIONS, E, FLAGS, OBS, PROBE, SMALL, T, buffer_of, check_evaluated, check_resumed,
-                                 check_run, copy, fast, np_mlp, np_tally, practise, random_agent, random_rows, trained)
+from test_ppo_lagrangian import (ACTIONS, E, FLAGS, OBS, PROBE, SMALL, T, buffer_of, check_evaluated,
+                                 check_every_update_draws_anew, check_resumed, check_run, copy, fast, np_mlp, np_tally,
+                                 practise, random_agent, random_rows, trained)
 from test_train import ROOT
 
 from baselines import cpo
@@ -373,6 +374,10 @@ def test_another_update_is_compiled_no_more():
     for _ in range(3):
         agent, _ = cpo.update_many(args, agent, buffer_of(cpo, args, rows), 1)
     assert cpo.update_many._cache_size() == count + 1 and int(agent.num_updates) == 3
+
+
+def test_every_update_draws_anew(monkeypatch):
+    check_every_update_draws_anew(cpo, ARGS, agent_of(), monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -185,6 +185,16 @@ def test_the_defaults_are_allowed():
     assert parse_args("--learning-starts 20000".split()).learning_starts == 20_000
 
 
+def test_defaults():
+    """The reference's numbers, with the length and the limit of SPOWL's Table 1."""
+    expected = dict(
+        num_envs=10, action_repeat=1, train_every=10_000, updates_per_step=0.2, learning_starts=0, hidden=128,
+        buffer_size=200_000, batch_size=256, critic_lr=1e-3, policy_lr=5e-4, gamma=0.995, cost_gamma=0.995, n_step=3,
+        tau=0.05, cost_limit=25.0, episode_length=1000, num_samples=16, e_step_kl=0.02, dual_lr=0.02, eta_init=1.0,
+        lambda_init=0.0, dual_min=1e-6, dual_max=20.0, kl_mean=0.005, kl_std=0.0005, alpha_lr=0.1, alpha_max=0.5)
+    assert {name: getattr(Args(), name) for name in expected} == expected
+
+
 def test_threshold_by_hand():
     """25 an episode of 1000 steps is 4.97 discounted; in general the mean of gamma^t times the limit."""
     assert cost_threshold(Args()) == pytest.approx(4.97, abs=0.005)
@@ -495,6 +505,27 @@ def test_policy_loss_against_numpy():
     assert metrics["losses/entropy"] == pytest.approx(scipy.stats.norm(mean, std).entropy().sum(-1).mean(), rel=1e-3)
 
 
+def test_alpha_is_a_number_to_the_policys_gradient():
+    """After two steps at other excesses, so that Adam's own derivative is not 0."""
+    agent, ((obs, actions, weights), old) = random_agent(), m_step_inputs()
+    args, state = small_args(alpha_max=10.0), alpha_state([0.2, 0.2])
+    slope = jax.jit(lambda policy, *state: jax.grad(cvpo.policy_loss, has_aux=True)(
+        policy, args, obs, actions, weights, old, *state))
+    for seed in (1, 2):
+        _, (*state, _) = slope(random_agent(seed=seed).policy, *state)
+    grads, (_, _, metrics) = slope(agent.policy, *state)
+    used = jnp.stack([metrics["cvpo/alpha_mean"], metrics["cvpo/alpha_std"]])
+
+    def held(policy):
+        mean, std = cvpo.gaussian(args, policy, obs)
+        likely = cvpo.log_prob(actions, mean, old[1]) + cvpo.log_prob(actions, old[0], std)
+        return -jnp.mean(weights * likely) + jnp.sum(used * cvpo.kl_parts(*old, mean, std))
+
+    assert np.all(used > 0) and np.all(used < 10)
+    for one, other in zip(*map(jax.tree.leaves, (grads, jax.jit(jax.grad(held))(agent.policy)))):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
 @partial(jax.jit, static_argnums=(0, 6))
 def fit(args, policy, obs, actions, weights, old, steps):
     """Repeated M-steps on the same weighted actions -> the policy, the metrics' means over the second half."""
@@ -664,6 +695,24 @@ def test_old_policy_and_alpha_begin_anew_with_each_block(singly):
             np.testing.assert_allclose(np.abs(after.alpha), 0.1, rtol=1e-3)
     assert not leaves_equal(singly[6].policy, singly[0].policy)
     assert np.abs(singly[6].alpha).max() > 0.3  # so that there was something to begin anew
+
+
+@pytest.mark.parametrize("start, begins", [(0, {0, 6, 12}), (10, {0, 3, 6, 12}), (20, {0, 6, 12}), (40, {0, 6, 12})])
+def test_a_block_begins_after_the_updates_of_a_random_start_too(start, begins):
+    """After 10 of the 20 steps of a cycle, with the 3 updates that are due then."""
+    args, agent = small_args(learning_starts=start), random_agent()
+    begun = jax.jit(lambda done: cvpo.begin_block(args, agent._replace(num_updates=done)).old_policy[-1]["b"])
+    assert {done for done in range(13) if np.array_equal(begun(done), agent.policy[-1]["b"])} == begins
+
+
+def test_every_update_draws_anew(monkeypatch):
+    """Windows and noise of the third update are not those of the fourth."""
+    monkeypatch.setattr(cvpo, "update", lambda args, agent, batch, key: (agent, {
+        "windows": batch.reward.sum(), "noise": jax.random.uniform(key)}))
+    agent, buffer = random_agent(), filled_buffer()
+    told = jax.jit(lambda done: cvpo.update_many.__wrapped__(ARGS, agent._replace(num_updates=done), buffer, 1)[1])
+    third, fourth = told(2), told(3)
+    assert all(third[name] != fourth[name] for name in ("windows", "noise"))
 
 
 def test_chunks_make_no_difference(singly):

@@ -4,6 +4,7 @@ python -m pytest -q -m long tests/test_pixels.py"""
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,45 @@ def test_an_episodes_last_step_is_not_learned_from(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Acting; checkpoints
+# Cameras; what was known of the costs
+# ----------------------------------------------------------------------------------------------------------------------
+def test_one_camera_looks_ahead_and_one_back(monkeypatch):
+    """The second picture is taken from the other side of the robot's axis, turned by half a turn about it: quaternion
+    (0, 0, 0, 1) (w, x, y, z) = (-z, -y, x, w); then the camera is where it was."""
+    mujoco, rendering = pytest.importorskip("mujoco"), pytest.importorskip("gymnasium.envs.mujoco.mujoco_rendering")
+    camera, taken = SimpleNamespace(id=0, pos=np.array([0.1, 0.2, 0.3]), quat=np.array([0.4, 0.5, 0.6, 0.7])), []
+    model = SimpleNamespace(vis=SimpleNamespace(global_=SimpleNamespace()), camera=lambda name: camera)
+    viewer = SimpleNamespace(vopt=SimpleNamespace(geomgroup=np.zeros(6)), opengl_context=SimpleNamespace(
+        make_current=lambda: None), render=lambda *_: taken.append([*camera.pos, *camera.quat]) or np.full(
+            (px.PIXELS, px.PIXELS, 3), len(taken)))
+    monkeypatch.setattr(mujoco, "mj_camlight", lambda *_: None)
+    monkeypatch.setattr(rendering, "OffScreenViewer", lambda *_: viewer)
+    env = SimpleNamespace(unwrapped=SimpleNamespace(task=SimpleNamespace(model=model, data=None)), action_space=None,
+                          reset=lambda: (None, {}))
+    view, _ = px.with_cameras(env).reset()
+    assert not taken and np.array_equal(np.asarray(view).reshape(-1, 6), [[1, 1, 1, 2, 2, 2]] * px.PIXELS**2)
+    ahead = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    np.testing.assert_allclose(taken, [ahead, [-0.1, -0.2, 0.3, -0.7, -0.6, 0.5, 0.4]])
+    assert [*camera.pos, *camera.quat] == ahead
+
+
+def test_costs_are_read_from_an_episodes_own_stacks(monkeypatch):
+    """Two episodes of three and two pictures, each of one number."""
+    noted = []
+    monkeypatch.setattr(px, "read_costs", lambda args, model, obs, action: (noted.extend(obs.tolist()), np.zeros(
+        (2, 250)))[1])
+    episodes = []
+    for numbers in ([1, 2, 3], [7, 8]):
+        zeros = np.zeros(len(numbers), np.float32)
+        obs = np.float32(numbers)[:, None]
+        ended = np.eye(len(numbers), dtype=np.float32)[-1]
+        episodes.append({"played": px.Transition(obs, obs, zeros, zeros, obs, zeros, ended)})
+    px.critic_metrics(ARGS, SimpleNamespace(model=None), episodes)
+    assert noted[:5] == [[1, 1, 1], [1, 1, 2], [1, 2, 3], [7, 7, 7], [7, 7, 8]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Acting; checkpoints; flags
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def seen(monkeypatch):
@@ -215,6 +254,16 @@ def test_a_checkpoint_keeps_pictures_to_the_bit(tmp_path, one_pixel):
     trees, _ = px.load_checkpoint(tmp_path, {"actor": actor, "buffer": buffer})
     assert leaves_equal(trees["actor"], actor) and leaves_equal(trees["buffer"], buffer)
     assert trees["actor"].pictures.dtype == trees["buffer"].rows.obs.dtype == jnp.uint8
+
+
+def test_a_ring_has_room_for_a_sequence_and_one_more_picture():
+    """H + 1 = 4 rows of ten environments at the random start's end, more than 4 in the ring."""
+    for words, told in (("--learning-starts 150", "x (--horizon + 1) = 200"),
+                        ("--buffer-size 40", "more than --horizon + 1 transitions")):
+        with pytest.raises(SystemExit) as stop:
+            px.parse_args(words.split())
+        assert told in str(stop.value.code)
+    assert px.parse_args("--learning-starts 200 --buffer-size 50".split()).buffer_size == 50
 
 
 def test_the_preset_fits_a_laptop():

@@ -540,17 +540,36 @@ def test_the_oldest_row_comes_first():
     assert leaves_equal(*ends)
 
 
-def test_another_update_is_compiled_no_more_and_draws_anew():
-    """After the first, whose agent is fresh; every update has a key of its own."""
+def test_another_update_is_compiled_no_more():
+    """After the first, whose agent is fresh."""
     args = small_args(epochs=2)
     agent, rows = ppo.init_agent(args, jax.random.key(0), OBS, ACTIONS), random_rows(3)
-    seen, count = [], ppo.update_many._cache_size()
+    count = ppo.update_many._cache_size()
     for _ in range(3):
-        seen.append(ppo.minibatches(args, prepared(args, agent), jax.random.fold_in(agent.key, agent.num_updates)).obs)
         agent, _ = ppo.update_many(args, agent, buffer_of(ppo, args, rows), 1)
     assert ppo.update_many._cache_size() == count + 1 and int(agent.num_updates) == 3
-    orders = [np.argsort(each[..., 0], axis=None).tobytes() for each in seen]
-    assert len(set(orders)) == 3
+
+
+def check_every_update_draws_anew(module, args, agent, monkeypatch):
+    """The key of the third update is not that of the fourth."""
+    monkeypatch.setattr(module, "update", lambda args, agent, rows, key: (agent, {"noise": jax.random.uniform(key)}))
+    buffer = buffer_of(module, args, random_rows())
+    told = jax.jit(lambda done: module.update_many.__wrapped__(args, agent._replace(num_updates=done), buffer, 1)[1])
+    assert told(2)["noise"] != told(3)["noise"]
+
+
+def test_every_update_draws_anew(monkeypatch):
+    check_every_update_draws_anew(ppo, ARGS, random_agent(), monkeypatch)
+
+
+def test_every_pass_draws_anew(monkeypatch):
+    """The keys of three passes, which a pass here does nothing but note."""
+    told = {f"losses/{name}": jnp.float32(0.0) for name in ("policy", "value", "cost_value", "clip_fraction")}
+    monkeypatch.setattr(ppo, "one_pass", lambda args, networks, states, batch, key, pace: (
+        networks, jnp.append(states[1:], jax.random.uniform(key)), told))
+    agent = random_agent()._replace(optimizers=jnp.zeros(3))
+    _, noted, metrics = ppo.improve(small_args(epochs=3), agent, random_rows(), jax.random.key(0))
+    assert metrics["losses/epochs"] == 3 and len({0.0, *noted.tolist()}) == 4
 
 
 @pytest.mark.parametrize("step, due", [(0, 0), (19_999, 0), (20_000, 1), (39_980, 1), (40_000, 2), (5_000_000, 250)])

@@ -68,7 +68,7 @@ def random_batch(seed=0, done=0.3, lead=(L, B)):
     rng = np.random.default_rng(seed)
     ended = rng.random(lead) < done
     normal = lambda *size: rng.normal(size=(*lead, *size)).astype(np.float32)
-    return Transition(normal(OBS), normal(ACTIONS), normal(), np.round(2 * np.abs(normal())), normal(OBS),
+    return Transition(normal(OBS), normal(ACTIONS), normal(), np.round(4 * np.abs(normal())) / 2, normal(OBS),
                       (ended & (rng.random(lead) < 0.5)).astype(np.float32), ended.astype(np.float32))
 
 
@@ -120,6 +120,23 @@ def test_one_step_against_numpy():
     np.testing.assert_allclose(sd.prior(ARGS, model, got), np_log_probs(ARGS, logits), atol=1e-5)
     np.testing.assert_allclose(np.exp(sd.prior(ARGS, model, got)).sum(-1), 1.0, atol=1e-6)
     assert np.exp(sd.prior(ARGS, model, got)).min() >= ARGS.unimix / ARGS.classes
+    one = Latent(*(x[0] for x in latent))
+    slope = jax.jit(jax.grad(lambda action: sd.next_deter(model, one, action).sum()))  # at 2 half of that at 1
+    at_two = slope(jnp.array([2.0, 0.5]))
+    np.testing.assert_allclose(at_two, slope(jnp.array([1.0, 0.5])) * np.array([0.5, 1.0]), rtol=1e-4)
+    assert np.all(np.abs(at_two) > 1e-4)
+
+
+def test_imagining_against_numpy(monkeypatch):
+    """The next state, and what is drawn from: the prior given the new h, not the old one."""
+    monkeypatch.setattr(sd, "sample_stoch", lambda logits, key: logits.reshape(*logits.shape[:-2], -1))
+    model, rng = random_agent().model, np.random.default_rng(1)
+    deter, stoch, action = rng.normal(size=(5, 7)), np.eye(6)[rng.integers(6, size=5)], rng.uniform(-1, 1, (5, ACTIONS))
+    got = sd.imagine(ARGS, model, Latent(jnp.float32(deter), jnp.float32(stoch)), jnp.float32(action), None)
+    expected = np_deter(float64(model), deter, stoch, action)
+    np.testing.assert_allclose(got.deter, expected, atol=1e-5)
+    logits = np_mlp(float64(model["prior"]), expected)
+    np.testing.assert_allclose(got.stoch.reshape(5, 2, 3), np_log_probs(ARGS, logits), atol=1e-5)
 
 
 @pytest.mark.parametrize("transform", ["raw", "bins"])
@@ -208,7 +225,7 @@ def test_kl_by_hand():
     assert float(sd.kl(jnp.log(p), jnp.log(q))) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("free_bits", [0.0, 0.5])
+@pytest.mark.parametrize("free_bits", [0.0, 0.2])
 def test_model_loss_against_numpy(free_bits):
     args = small_args(free_bits=free_bits)
     model, batch = random_agent(args).model, random_batch()
@@ -230,22 +247,33 @@ def test_model_loss_against_numpy(free_bits):
         cross[name] = np.mean(weigh * np.array(each))
     proceed = np_sigmoid(np_mlp(m["continue"], x[1:])[..., 0])
     ends = -np.where(batch.terminated > 0, np.log(1 - proceed), np.log(proceed)).mean()
-    assert (batch.cost == 1.0).any() and (batch.terminated != batch.done).any()
+    assert {0.5, 1.0} <= set(batch.cost.ravel()) and (batch.terminated != batch.done).any()
     expected = 5 * error + cross["reward"] + cross["cost"] + ends + 0.6 * np.maximum(divergence, free_bits).mean()
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert metrics["losses/kl"] == pytest.approx(divergence.mean(), rel=1e-4)
 
 
-def test_free_bits_and_the_balance():
-    """Below the free bits no gradient flows; above, one weight moves the prior alone, the other not at all."""
-    model, batch = random_agent().model, random_batch()
+def test_what_each_term_of_the_models_loss_moves():
+    """Of encoder, posterior and prior: the KL's first weight the prior alone, its second one, the reconstruction and
+    the heads the other two; below its free bits the KL nothing. The recurrent state is made blind to what was drawn,
+    through which all of them would reach one another."""
+    model, batch = random_agent().model, random_batch(lead=(1, B))
+    model["input"]["w"] = model["input"]["w"].at[:6].set(0.0)
+    names = "dynamics_coef", "representation_coef", "reconstruction_coef", "free_bits"
+    grad = jax.jit(lambda values: jax.grad(sd.world_model_loss, has_aux=True)(
+        model, small_args(**dict(zip(names, values))), batch, jax.random.key(0))[0])  # one compilation for all values
+    heads = grad(jnp.zeros(4))
 
-    grad = jax.jit(jax.grad(sd.world_model_loss, has_aux=True), static_argnums=1)
-    grads = lambda **changes: grad(model, small_args(**changes), batch, jax.random.key(0))[0]
+    def moved(*values):
+        grads = grad(jnp.array(values))
+        return {name for name in ("encoder", "posterior", "prior") if not all(
+            np.allclose(x, y, atol=1e-6) for x, y in zip(*map(jax.tree.leaves, (grads[name], heads[name]))))}
 
-    prior = lambda **changes: np.any(grads(**changes)["prior"][0]["w"])
-    assert not prior(free_bits=50.0)
-    assert prior(free_bits=0.0, representation_coef=0.0) and not prior(free_bits=0.0, dynamics_coef=0.0)
+    assert np.any(heads["encoder"][0]["w"]) and np.any(heads["posterior"][0]["w"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(heads["prior"]))
+    assert moved(1.0, 0.0, 0.0, 0.0) == {"prior"}
+    assert moved(0.0, 1.0, 0.0, 0.0) == moved(0.0, 0.0, 1.0, 0.0) == {"encoder", "posterior"}
+    assert moved(1.0, 1.0, 0.0, 50.0) == set()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,6 +354,8 @@ def test_actor_loss_by_hand(scale):
     advantage = (seen.returns - seen.values[:-1]) / max(1.0, float(after))
     expected = np.mean(np.asarray(discounted) * (-advantage - 0.01 * entropy))
     assert metrics["losses/policy"] == pytest.approx(expected, rel=1e-3)
+    low, high = np.percentile(seen.returns, [5, 95])
+    assert after == pytest.approx(0.99 * scale + 0.01 * (high - low), rel=1e-4)
     assert (after < 1.0) == (scale < 1.0) and abs(metrics["losses/psi"]) > 0.01
     assert loss == pytest.approx(expected + float(metrics["losses/psi"]), rel=1e-3)
 
@@ -358,6 +388,39 @@ def test_no_gradient_through_what_the_actor_sees(monkeypatch):
             jax.clear_caches()
             assert leaves_equal(actor_loss(ARGS, agent)[0], grads) == same
     jax.clear_caches()
+
+
+def test_the_actors_gradient_against_a_loop():
+    """That of the loss written out along a rollout that is imagined step by step: weights, S and the features that the
+    entropy is taken at are numbers, taken from what the loss tells."""
+    args, stop = small_args(method="osrp", entropy_coef=1.0, horizon=2), jax.lax.stop_gradient
+    agent = random_agent(args)._replace(scale=jnp.float32(1.5))
+    grads, (seen, discounted, *_, scale, _) = actor_loss(args, agent)
+    start, _ = start_of_rollouts(args, 5)
+
+    def loss(policy):
+        latent, x = start, [sd.features(start)]
+        for key in jax.random.split(jax.random.key(6), 2):
+            key_action, key_next = jax.random.split(key)
+            action = sd.sample_action(args, policy, stop(x[-1]), key_action)
+            latent = sd.imagine(args, agent.model, latent, action, key_next)
+            x.append(sd.features(latent))
+        again = sd.predict(args, agent.model, agent.critics, jnp.stack(x))
+        _, std = sd.gaussian(args, policy, seen.features[:-1])
+        entropy = jnp.sum(jnp.log(std) + 0.5 * math.log(2.0 * math.pi * math.e), -1)
+        return jnp.mean(discounted * (-(again.returns - again.values[:-1]) / scale - entropy))
+
+    for one, other in zip(*map(jax.tree.leaves, (grads, jax.jit(jax.grad(loss))(agent.policy)))):
+        np.testing.assert_allclose(one, other, rtol=3e-4, atol=1e-7)
+    assert scale > 1.0
+
+
+def test_the_actors_gaussian_by_hand():
+    """std = 0.1 + 0.9 sigmoid(s + 2), sigmoid(2) = 0.880797; the mean is tanh of what the network says."""
+    policy = ({"w": jnp.zeros((13, 4)), "b": jnp.array([0.5, -3.0, 0.0, -2.0])},)
+    mean, std = sd.gaussian(Args(), policy, jnp.ones(13))
+    np.testing.assert_allclose(mean, [0.462117, -0.995055], atol=1e-5)
+    np.testing.assert_allclose(std, [0.892717, 0.55], atol=1e-5)
 
 
 def test_where_an_episode_ended_nothing_is_learned_from():
@@ -422,29 +485,74 @@ def test_costs_as_expectations(monkeypatch):
 
 
 def test_one_update_moves_what_it_should():
-    """Each part by its own loss: slow critics by 2%, the model not by the actor's, the actor not by the critics'."""
+    """Each part by its own loss: slow critics by 2%, the model not by the actor's, the actor not by the critics', each
+    by Adam's first step, the gradient's sign; lambda, mu and S are what the actor's loss makes of them."""
     agent, batch = random_agent(), jax.tree.map(jnp.asarray, random_batch())
+    numbers = {"multiplier": 0.2, "penalty": 0.01, "scale": 5.0}
+    agent = agent._replace(**{name: jnp.float32(x) for name, x in numbers.items()})
     after, metrics = jax.jit(sd.update, static_argnums=0)(ARGS, agent, batch, jax.random.key(8))
     expected = jax.tree.map(lambda old, new: old + 0.02 * (new - old), agent.slow, after.critics)
     assert all(np.allclose(x, y, atol=1e-6) for x, y in zip(jax.tree.leaves(after.slow), jax.tree.leaves(expected)))
     key_model, key_imagine = jax.random.split(jax.random.key(8))
+
+    def follows(new, old, grads, rate, least):
+        new, old, grads = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (new, old, grads))
+        large = np.abs(grads) > least
+        assert large.sum() > 20
+        np.testing.assert_allclose((new - old)[large], -rate * np.sign(grads[large]), rtol=0.1)
+
     grad = jax.jit(jax.grad(sd.world_model_loss, has_aux=True), static_argnums=1)
     grads, (_, latents) = grad(agent.model, ARGS, batch, key_model)
-    step = jax.tree.map(lambda new, old: new - old, after.model, agent.model)
-    for grad, moved in zip(jax.tree.leaves(grads), jax.tree.leaves(step)):  # Adam's first step is the gradient's sign
-        large = np.abs(grad) > 1e-4
-        np.testing.assert_allclose(np.asarray(moved)[large], -1e-4 * np.sign(grad)[large], atol=1e-5)
+    follows(after.model, agent.model, grads, 1e-4, 1e-4)
     start = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), latents)
-    _, (seen, discounted, *_) = jax.jit(sd.policy_loss, static_argnums=1)(
+    grads, (seen, discounted, *_) = jax.jit(jax.grad(sd.policy_loss, has_aux=True), static_argnums=1)(
         agent.policy, ARGS, agent, after.model, start, 1.0 - batch.terminated.ravel(), key_imagine)
+    follows(after.policy, agent.policy, grads, 3e-5, 1e-3)
     for name, returns in {"value": seen.returns, "cost_value": seen.cost_returns}.items():
         grads = jax.jit(jax.grad(sd.critic_loss), static_argnums=1)(  # of what is to come where the actor then acts
             agent.critics[name], ARGS, agent.slow[name], seen.features[:-1], returns, discounted)
-        moved = jax.tree.map(lambda new, old: new - old, after.critics[name], agent.critics[name])
-        grad, moved = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (grads, moved))
-        large = np.abs(grad) > 1e-2
-        assert large.sum() > 20 and np.array_equal(np.sign(moved[large]), -np.sign(grad[large]))
+        follows(after.critics[name], agent.critics[name], grads, 3e-5, 1e-2)
+    violation = float(metrics["lagrangian/violation"])
+    assert after.multiplier == pytest.approx(max(0.0, 0.2 + 0.01 * violation), rel=1e-5) and abs(violation) > 0.01
+    assert after.penalty == pytest.approx(0.0100001, rel=1e-6)
+    assert after.scale == metrics["losses/scale"] and after.scale != 5.0
+    for state in (after.model_opt, after.policy_opt, *after.critics_opt.values()):
+        assert int(sd.optax.tree_utils.tree_get(state, "count")) == 1
     assert int(after.num_updates) == 1 and all(np.isfinite(value) for value in metrics.values())
+
+
+def test_optimisers_by_hand():
+    """Adam's second step after gradients of norm 50 and 3000, of which the latter is clipped to 1000 or to 100; and a
+    first one so small that eps, 1e-8 or 1e-5, counts: 1e-4 g / (|g| + eps)."""
+    for optimizer, second, small in ((sd.model_optimizer, 7.7665e-5, [-9.9010e-5, 9.9668e-5]),
+                                     (sd.behaviour_optimizer, 2.8955e-5, [-2.7273e-6, 6.9231e-6])):
+        optimizer = optimizer(Args())
+        steps = lambda *grads: optimizer.update(jnp.array(grads), state)
+        state = optimizer.init(jnp.zeros(2))
+        np.testing.assert_allclose(steps(1e-6, -3e-6)[0], small, rtol=1e-3)
+        _, state = steps(30.0, -40.0)
+        np.testing.assert_allclose(steps(1800.0, -2400.0)[0], [-second, second], rtol=1e-3)
+
+
+def test_networks_at_the_start():
+    """Reward and values read 0, the slow critics are the critics; weights have the variance 2 / (fan-in + fan-out)."""
+    agent = new_agent(ARGS, jax.random.key(0), OBS, ACTIONS)
+    zero = lambda layers: not np.any(layers[-1]["w"]) and not np.any(layers[-1]["b"])
+    assert zero(agent.model["reward"]) and all(map(zero, agent.critics.values())) and not zero(agent.model["cost"])
+    assert not zero(agent.policy) and not zero(agent.model["continue"]) and leaves_equal(agent.slow, agent.critics)
+    w = np.asarray(sd.weights(jax.random.key(0), (60, 240)))
+    assert w.std() == pytest.approx(math.sqrt(2 / 300), rel=0.02)
+    assert (float(agent.multiplier), float(agent.penalty), float(agent.scale)) == pytest.approx((1e-6, 5e-9, 0.0))
+
+
+def test_every_update_draws_anew(monkeypatch):
+    """Windows and noise of the third update are not those of the fourth."""
+    monkeypatch.setattr(sd, "update", lambda args, agent, batch, key: (agent, {
+        "windows": jnp.vdot(batch.cost, jnp.arange(float(L * B))), "noise": jax.random.uniform(key)}))
+    (buffer, _), agent = filled(ARGS, 30), random_agent()
+    told = jax.jit(lambda done: sd.update_many.__wrapped__(ARGS, agent._replace(num_updates=done), buffer, 1)[1])
+    third, fourth = told(2), told(3)
+    assert all(third[name] != fourth[name] for name in ("windows", "noise"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,6 +615,18 @@ def test_the_controller_runs_once_a_block_and_not_before_its_start():
         if row >= 20:
             expected = sd.control(args, expected, cost, True)
     assert all(np.allclose(x, y, atol=1e-6) for x, y in zip(pid, expected))
+
+
+def test_the_controller_moves_before_a_blocks_updates(monkeypatch):
+    """They are made with the multiplier that it has after the latest episodes, which is told in the end."""
+    monkeypatch.setattr(sd, "update", lambda args, agent, batch, key: (agent, {"used": agent.pid.multiplier}))
+    args = small_args(method="osrp_lag", pid_starts=0, pid_max=9.0, cost_limit=0.0)
+    (buffer, _), agent = filled(args, 30), random_agent(args)
+    expected = sd.control_block(args, agent, buffer)
+    after, metrics = sd.update_many.__wrapped__(args, agent, buffer, 1)
+    assert expected.cost > 0 and expected.multiplier > 0 and leaves_equal(after.pid, expected)
+    assert metrics["lagrangian/lambda"] == metrics["used"] == expected.multiplier
+    assert metrics["lagrangian/violation"] == expected.cost
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -627,6 +747,8 @@ def test_the_actor_draws_in_evaluation_too():
     action, actor = sd.act(args, agent, actor, obs, np.ones(2000, bool), False)
     assert np.asarray(action).std(0).min() > 0.09 and np.abs(action).max() <= 1.0
     assert np.array_equal(action, actor.action) and not np.any(actor.metrics["charts/balance"])
+    action, again = (np.asarray(x) for x in (action, sd.act(args, agent, actor, obs, np.ones(2000, bool), False)[0]))
+    assert not np.any((again == action) & (np.abs(again) < 1.0))  # a step's noise is its own
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -647,6 +769,18 @@ def test_critic_metrics_of_episodes_of_unequal_length():
         inside = np.concatenate([[False], episode["played"].cost[:-1] > 0])
         values.extend(np.asarray(value)[~inside, 0])
     assert metrics["critic/read_outside"] == pytest.approx(np.mean(values), rel=1e-4)
+
+
+def test_costs_are_read_before_their_outcome_is_seen():
+    """What the third step leads to is not known of up to and with it, and is after it: twenty environments, so that
+    some draw differs."""
+    agent, batch = random_agent(), random_batch(done=0.0, lead=(5, 20))
+    other = batch._replace(next_obs=batch.next_obs.copy())
+    other.next_obs[2] += 3.0
+    one, two = (sd.read_costs(ARGS, agent, x, jax.random.key(0)) for x in (batch, other))
+    for x, y in zip(one, two):
+        np.testing.assert_allclose(x[:3], y[:3], atol=1e-6)
+        assert not np.allclose(x[3:], y[3:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -746,6 +880,22 @@ def test_convolutions_by_hand():
     np.testing.assert_allclose(one[5, 7], np_silu((out - out.mean()) / np.sqrt(out.var() + 1e-3)), atol=1e-4)
 
 
+def test_decoding_against_numpy(monkeypatch):
+    """A product, after each doubling but the last LayerNorm and SiLU, at the end 0.5 on top; doubling, which has its
+    own test, is a product here."""
+    monkeypatch.setattr(sd, "double", lambda x, w: x @ w)
+    zeros, norm = np.zeros, {"scale": np.zeros(3), "shift": np.zeros(3)}
+    layers = random_weights(({"w": zeros((13, 32)), "b": zeros(32)}, {"w": zeros((2, 3))} | norm,
+                             {"w": zeros((3, 3))} | norm, {"w": zeros((3, 6)), "b": zeros(6)}), 1)
+    x = np.random.default_rng(0).normal(size=(5, 13))
+    first, *between, last = float64(layers)
+    y = (x @ first["w"] + first["b"]).reshape(5, 4, 4, 2)
+    for layer in between:
+        y = np_silu(np_normed(layer, y))
+    expected = (y @ last["w"] + last["b"]).reshape(5, -1) + 0.5
+    np.testing.assert_allclose(sd.decode_pictures(layers, jnp.float32(x)), expected, atol=1e-4)
+
+
 CAMERAS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -791,13 +941,29 @@ def test_the_cameras_see(place):
     ("--inputs vision --obs-transform log", "--inputs vision needs --obs-transform raw"),
     ("--num-elites 501", "--num-elites must be at most --num-samples"),
     ("--learning-starts 300", "--learning-starts must be at least --num-envs x --action-repeat x --window = 320"),
-    ("--method osrp_lag --pid-starts 0 --learning-starts 10000", "--learning-starts must be at most --train-every, or"),
+    ("--method osrp_lag --learning-starts 1000", "--learning-starts must be --train-every = 5000 with --method osrp"),
+    ("--method osrp_lag --learning-starts 10000", "--learning-starts must be --train-every = 5000 with --method osrp"),
+    ("--learning-starts 7500", "--learning-starts must be at most --train-every, or a multiple of it"),
     ("--buffer-size 63", "--buffer-size must hold --num-envs x --window = 64 transitions"),
     ("--updates-per-step 0.0003", "--updates-per-step must make a whole number of updates"),
     ("--min-std 1.5", "--min-std must be at most --max-std")])
 def test_flags_that_cannot_be(flags, says):
     with pytest.raises(SystemExit, match=re.escape(says)):
         sd.parse_args(flags.split())
+
+
+def test_defaults():
+    """The reference's numbers."""
+    expected = dict(
+        num_envs=1, action_repeat=5, updates_per_step=0.5, deter=256, units=256, stoch=16, classes=16, enc_layers=3,
+        head_layers=2, num_bins=255, bin_limit=20.0, cost_read_out="symlog", unimix=0.01, free_bits=1.0,
+        dynamics_coef=0.5, representation_coef=0.1, reconstruction_coef=5.0, cost_weight=10.0, batch_size=16, window=64,
+        model_lr=1e-4, model_clip=1000.0, horizon=15, gamma=0.997, cost_gamma=0.997, return_lambda=0.95, min_std=0.1,
+        max_std=1.0, entropy_coef=3e-4, slow_tau=0.02, slow_coef=1.0, behaviour_lr=3e-5, behaviour_clip=100.0,
+        cost_limit=2.0, constraint_over="sum", lambda_init=1e-6, mu_init=5e-9, mu_growth=1e-5, mu_max=1.0, pid_kp=0.1,
+        pid_ki=0.01, pid_kd=0.01, pid_max=0.1, pid_starts=5000, plan_horizon=15, num_samples=500, num_elites=50,
+        iterations=6, plan_std=1.0, momentum=0.1)
+    assert {name: getattr(Args(), name) for name in expected} == expected
 
 
 def test_presets():

@@ -1,5 +1,6 @@
 """baselines/tdmpc2.py: shared parts give the full agent's numbers, changed ones those of NumPy and of sorting."""
 import dataclasses
+import inspect
 import math
 import re
 from functools import partial
@@ -13,10 +14,11 @@ from conftest import (certain, leaves_equal, np_heads, np_latent, np_mlp, np_pol
 from hypothesis import given
 from hypothesis import strategies as st
 from test_losses import ARGS as LOSS_ARGS
-from test_losses import B, H, dropout_masks, make_batch
+from test_losses import ALIVE, B, H, dropout_masks, make_batch
 from test_train import POINT, ROOT, SUMMARY, checkpoint, rows_of, run, scalars, train
 
 import spowl_continuous as full
+import spowl_plan_only as plan_only
 from baselines import tdmpc2
 
 OBS, ACTIONS, N, K = 5, 2, 13, 4
@@ -90,6 +92,25 @@ def test_the_plan_finds_the_best_first_action(monkeypatch):
     assert metrics["planner/elite_return"] == pytest.approx(0.0, abs=1e-6) and np.all(final.std == np.float32(0.05))
 
 
+def test_a_plan_is_the_full_agents_with_other_elites(agent, z, monkeypatch):
+    """Warm start, samples, weights, the drawn action: to the last digits, where both score and choose alike."""
+    args = small_args(num_bins=11, bin_limit=5.0)
+    both = lambda args, *given: (score := tdmpc2.evaluate_plans(args, *given), 0.0 * score)
+    monkeypatch.setattr(full, "evaluate_plans", both)
+    monkeypatch.setattr(full, "select_elites", lambda args, returns, costs: tdmpc2.select_elites(args, returns))
+    last = jnp.asarray(np.random.default_rng(3).uniform(-0.9, 0.9, (3, ACTIONS)), jnp.float32)
+    theirs, ours = (jax.jit(lambda last, key, plan=script.plan, args=args: plan(
+        args, agent.model, agent.policy, z, last, key)[0])(last, jax.random.key(4))
+        for script, args in ((full, args), (tdmpc2, args_of(args))))
+    for one, other in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_it_decides_as_plan_only_does():
+    """Whose tests are by numbers: the plan with its noise in training, without in evaluation."""
+    assert inspect.getsource(tdmpc2.decide) == inspect.getsource(plan_only.decide)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,38 +153,70 @@ def test_model_loss_and_targets_are_the_full_agents_without_its_cost_terms(agent
 
 
 def test_policy_loss_by_hand(agent, monkeypatch):
-    """mean_t rho^t mean_B(beta A log pi - Q / S), S moved by 0.01 towards max(1, the 5-95% range of Q at t = 0)."""
+    """mean_t rho^t mean_B(beta A log pi - Q / S) of two heads, S moved by 0.01 towards max(1, the 5-95% range of Q at
+    t = 0). Q = q a of a policy a = 1: the gradient is that of -q a / S, S held fixed."""
     q = np.random.default_rng(5).normal(size=(H + 1, B)) * 20
     log_prob = np.random.default_rng(6).normal(size=(H + 1, B))
     mask = np.ones((H + 1, B))
     mask[2:, 1] = 0.0
-    monkeypatch.setattr(tdmpc2, "heads", lambda *_: jnp.stack([jnp.asarray(q) + 1, jnp.asarray(q) - 1]))
-    monkeypatch.setattr(tdmpc2, "random_heads", lambda layers, number, key: None)
-    monkeypatch.setattr(tdmpc2, "policy_sample",
-                        lambda *_: (jnp.zeros((H + 1, B, ACTIONS)), None, jnp.asarray(log_prob)))
+    asked = []
+    monkeypatch.setattr(tdmpc2, "heads", lambda args, layers, z, action: jnp.asarray(q) * action[..., 0]
+                        + jnp.array([1.0, -1.0])[:, None, None])
+    monkeypatch.setattr(tdmpc2, "random_heads", lambda layers, number, key: asked.append(number))
+    monkeypatch.setattr(tdmpc2, "policy_sample", lambda args, policy, z, key: (
+        jnp.full((H + 1, B, ACTIONS), policy), None, jnp.asarray(log_prob)))
     args = args_of(LOSS_ARGS, entropy_coef=0.01, rho=0.5, horizon=H)
-    loss, (scale, metrics) = tdmpc2.policy_loss(None, args, {"q": None}, None, mask, 3.0, jax.random.key(0))
+    (loss, (scale, metrics)), grad = jax.value_and_grad(tdmpc2.policy_loss, has_aux=True)(
+        1.0, args, {"q": None}, None, mask, 3.0, jax.random.key(0))
     low, high = np.percentile(q[0], [5, 95])
     expected_scale = 3.0 + 0.01 * (high - low - 3.0)
     each = 0.01 * ACTIONS * log_prob - q / expected_scale
     expected = np.mean([0.5**t * each[t][mask[t] > 0].mean() for t in range(H + 1)])
     assert scale == pytest.approx(expected_scale, rel=1e-5) and loss == pytest.approx(expected, rel=1e-4)
+    slope = np.mean([0.5**t * -q[t][mask[t] > 0].mean() / expected_scale for t in range(H + 1)])
+    assert grad == pytest.approx(slope, rel=1e-4) and asked == [2]
     assert metrics["losses/entropy"] == pytest.approx(-log_prob[0].mean(), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # As a whole
 # ----------------------------------------------------------------------------------------------------------------------
-def test_costs_change_nothing():
-    """Updates on the same transitions with and without costs give the same agent to the last bit."""
-    args, ends = args_of(LOSS_ARGS, batch_size=B), []
-    for cost in (0.0, 5.0):
-        agent = tdmpc2.init_agent(args, jax.random.key(0), OBS, ACTIONS)
-        batch = make_batch()[0]
-        ends.append(jax.jit(tdmpc2.update, static_argnums=0)(
-            args, agent, batch._replace(cost=jnp.full_like(batch.cost, cost)), jax.random.key(1))[0])
-    assert leaves_equal(*ends) and not leaves_equal(ends[0].policy, tdmpc2.init_agent(
-        args, jax.random.key(0), OBS, ACTIONS).policy)
+@pytest.fixture
+def updated(monkeypatch):
+    """An agent, and what one update makes of it without and with costs: agent, metrics, with the heads and the mask
+    that its policy's loss was given."""
+    args, loss, batch = args_of(LOSS_ARGS, batch_size=B, tau=0.07), tdmpc2.policy_loss, make_batch()[0]
+
+    def spy(policy, args, model, zs, mask, *rest):
+        value, (scale, metrics) = loss(policy, args, model, zs, mask, *rest)
+        return value, (scale, metrics | {"spy": (model["q"], mask)})
+
+    monkeypatch.setattr(tdmpc2, "policy_loss", spy)
+    agent = without_costs(random_agent(LOSS_ARGS, OBS, ACTIONS, seed=2))._replace(scale=jnp.float32(3.0))
+    agent = agent._replace(model_opt=tdmpc2.model_optimizer(args).init(agent.model))
+    update = jax.jit(tdmpc2.update, static_argnums=0)
+    return agent, *(update(args, agent, batch._replace(cost=jnp.full_like(batch.cost, cost)), jax.random.key(1))
+                    for cost in (0.0, 5.0))
+
+
+def test_one_update(updated):
+    """The policy is trained against the new heads on what is valid; targets, S and the counter move; costs change
+    nothing, to the last bit."""
+    agent, (after, metrics), (same, _) = updated
+    assert leaves_equal(after, same) and not leaves_equal(after.policy, agent.policy)
+    seen, mask = metrics["spy"]
+    assert leaves_equal(seen, after.model["q"]) and not leaves_equal(seen, agent.model["q"])
+    np.testing.assert_array_equal(mask, ALIVE)
+    for old, online, new in zip(*map(jax.tree.leaves, (agent.target["q"], seen, after.target["q"])), strict=True):
+        np.testing.assert_allclose(new, 0.93 * np.asarray(old) + 0.07 * np.asarray(online), atol=1e-6)
+    assert after.scale == metrics["losses/q_scale"] != 3.0 and int(after.num_updates) == 1
+
+
+def test_networks_at_the_start():
+    """§3: reward and Q read 0, and the target is a copy."""
+    fresh = jax.jit(tdmpc2.init_agent, static_argnums=(0, 2, 3))(args_of(LOSS_ARGS), jax.random.key(0), OBS, ACTIONS)
+    assert not np.any(fresh.model["reward"][-1]["w"]) and not np.any(fresh.model["q"][-1]["w"])
+    assert leaves_equal(fresh.target["q"], fresh.model["q"]) and np.any(fresh.policy[-1]["w"])
 
 
 def test_nothing_of_costs_is_left():
