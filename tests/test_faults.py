@@ -87,13 +87,28 @@ def test_signals_end_a_run_with_a_checkpoint(scripted_main, tmp_path, capfd, sig
     assert scripted_main(signals, runs_dir=str(tmp_path)) == status
     (directory,) = tmp_path.iterdir()
     stderr = capfd.readouterr().err
-    assert checkpoint(directory)[0]["step"] == step and "stopping after this step; Ctrl-C once more" in stderr
+    counters = checkpoint(directory)[0]
+    assert counters["step"] == step and counters["wall_time"] > 0 and "stopping after this step; Ctrl-C once" in stderr
     assert (f"stopped at step {step}; go on with --resume {directory}\n" in stderr) == (status != 0)
     heed, interrupted = scripted_main.ever[TERM][0], any(number == INT for *_, number in signals)
     assert callable(heed)
     assert scripted_main.ever == {  # in the end what it was
         INT: [heed] + [signal.SIG_DFL] * interrupted + [signal.SIG_DFL], TERM: [heed, signal.SIG_DFL],
         HUP: [heed, signal.SIG_DFL]}
+
+
+@pytest.mark.parametrize("program, at_once", [
+    ("__main__", signal.SIG_DFL), ("spowl_continuous", signal.default_int_handler)])
+def test_signals_end_an_evaluation_at_once(monkeypatch, program, at_once):
+    """It has nothing to save."""
+    asked = []
+    for name, value in {"parse_args": lambda argv: small_args(evaluate="run"), "evaluate_run": lambda args: [1],
+                        "__name__": program}.items():
+        monkeypatch.setattr(spowl, name, value)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: asked.append((number, handler)))
+    spowl.main([])
+    assert asked[:3] == [(number, at_once) for number in spowl.STOPS] and len(asked) == 6
 
 
 def test_a_hangup_that_is_ignored_stays_so(scripted_main, tmp_path):
@@ -134,6 +149,16 @@ def test_a_resumed_run_that_is_stopped_again_says_how_it_was_going_on(scripted_t
     assert "stopped at step 100; go on with the same command\n" in capfd.readouterr().err
     with pytest.raises(SystemExit, match="is at step 100 already: raise --total-timesteps"):
         scripted_train(resume=str(directory))
+
+
+def test_every_evaluation_is_filmed(scripted_train, threads, tmp_path, monkeypatch):
+    """Its first episode, once the checkpoint is there: a picture after each of five agent steps but the last, when the
+    next episode has begun. In the end no simulator is left."""
+    made, saved = [], lambda path: (path.parent.parent / f"checkpoint_{path.stem}.npz").exists()
+    monkeypatch.setattr(spowl, "write_video", lambda path, frames: made.append((path.name, len(frames), saved(path))))
+    scripted_train(capture_video=True, runs_dir=str(tmp_path))
+    assert made == [("50.mp4", 4, True), ("100.mp4", 4, True)]
+    assert not any(thread.is_alive() for thread in threads.started)
 
 
 def test_a_run_stopped_before_its_first_step_can_be_evaluated(scripted_train, threads, tmp_path, capsys):
@@ -289,6 +314,14 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch, end):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_200.npz", "checkpoint_300.npz"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, rename = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("named") or rename(*paths))
+    spowl.save_checkpoint(tmp_path, tiny_run(5))
+    assert done == [(tmp_path / "checkpoint_5.npz").stat().st_size, "named"]
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path):
     (tmp_path / "checkpoint_100000_best.npz").touch()
     for step in (5, 900, 1000, 20_000):
@@ -384,17 +417,25 @@ for name, number in (("stdout", 1), ("stderr", 2)):
             setattr(sys, name, None)
             setattr(sys, f"__{name}__", None)
         sys.exit(spowl.main([]))
+if child := os.fork():
+    statuses["at once"] = os.waitpid(child, 0)[1]
+else:  # what Python's own end would write is lost here
+    os.dup2(os.open("at once", os.O_CREAT | os.O_WRONLY), 1)
+    spowl.train = lambda *_: (print("said"), os._exit(0))
+    spowl.main([])
 print(json.dumps(statuses))"""
 
 
 def test_a_run_goes_on_where_nobody_reads_what_it_prints(tmp_path):
     """Standard output or standard error is a closed pipe, a full disk or closed: exit status 0, nothing on the other
-    stream but what belongs there, and all of that."""
-    finished = subprocess.run([sys.executable, "-c", SPEAKING], cwd=tmp_path, env=environment(), capture_output=True,
+    stream but what belongs there, and all of that. In a file each line stands at once."""
+    variables = environment() | {"PYTHONUNBUFFERED": ""}
+    finished = subprocess.run([sys.executable, "-c", SPEAKING], cwd=tmp_path, env=variables, capture_output=True,
                               text=True, timeout=300)
     assert finished.returncode == 0 and finished.stderr == ""
     cases = {f"{name} {kind}" for name in ("stdout", "stderr") for kind in ("pipe", "full", "closed")}
-    assert json.loads(finished.stdout) == dict.fromkeys(cases, 0)
+    assert json.loads(finished.stdout) == dict.fromkeys([*cases, "at once"], 0)
+    assert (tmp_path / "at once").read_text().splitlines()[-1] == "said"
     for case in cases:
         text, word = (tmp_path / case).read_text(), "told" if case.startswith("stdout") else "said"
         assert re.findall(rf"\.{{100}} {word} (.*)\n", text) == [str(line) for line in range(100)], case
