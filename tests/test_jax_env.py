@@ -1,12 +1,17 @@
 """docs/jax_environment.md: the environment by hand and by brute force; training in one compiled function, as the page
 has it but for sizes. That it learns: python -m pytest -q -m long tests/test_jax_env.py"""
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import example
+from test_train import ROOT, example
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+from hazards import Hazards
 
 ENVIRONMENT = example("docs/jax_environment.md", "an environment in JAX")
 TRAINING = example("docs/jax_environment.md", "training in JAX").partition("\ncycles = 40\n")[0]
@@ -89,6 +94,29 @@ def test_walls_and_the_end(small):
     state, _, _, done = small["step"](state_at(small, (0.99, -0.99), time=240), jnp.array([1.0, -1.0]))
     assert state.place.tolist() == [1.0, -1.0] and not done
     assert small["step"](state._replace(time=jnp.int32(245)), jnp.zeros(2))[3]
+
+
+def test_the_twin_in_numpy_is_the_same_environment(small):
+    """benchmark/hazards.py along 25 agent steps, each of five of its steps."""
+    twin, rng, step, costs = Hazards(), np.random.default_rng(1), jax.jit(small["step"]), 0.0
+    seen, _ = twin.reset(seed=3)
+    state = state_at(small, twin.place, twin.goal, twin.hazards)
+    for action in np.repeat(rng.uniform(-1, 1, (5, 2)), 5, 0):
+        assert np.allclose(small["observe"](state), seen, atol=1e-5)
+        state, reward, cost, _ = step(state, jnp.float32(action))
+        answers = [twin.step(action) for _ in range(5)]
+        seen, costs = answers[-1][0], costs + float(cost)
+        assert reward == pytest.approx(sum(answer[1] for answer in answers), abs=1e-5)
+        assert cost == sum(answer[2] for answer in answers)
+    assert costs > 0
+
+
+def test_the_twin_pays_1_for_a_goal():
+    twin = Hazards()
+    twin.reset(seed=0)
+    twin.place, twin.goal = np.array([0.0, 0.9]), np.array([0.1, 0.9])
+    _, reward, *_ = twin.step(np.array([1.0, 0.0]))
+    assert reward == pytest.approx(1.02) and not np.array_equal(twin.goal, [0.1, 0.9])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
