@@ -163,7 +163,7 @@ class Protocol:
     """observations as the networks see them: raw; log, which spreads the near end of a lidar (see transform_obs); or
     bins: log, and each entry's weights on eight bins too (see spread_obs)"""
     env_timeout: Annotated[float, (1 / LARGE, 1e6)] = 60.0
-    """seconds after which a process of environments that gives no answer counts as dead (300 where it does not step)"""
+    """seconds after which an environments' process without an answer counts as dead (at least 300 to start or reset)"""
     eval_every: Natural = 500_000
     """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
     eval_episodes: Count = 10
@@ -1082,15 +1082,17 @@ def open_run_dir(args, stack):
     """The run's directory, new with args.json (flags, versions, git commit) unless it is resumed, and a TensorBoard
     writer, which Weights & Biases follows with --track."""
     from tensorboard.summary import Writer
-    name, second = f"{args.env_id}__{args.exp_name}__{args.seed}", int(time.time())
-    while (run_dir := Path(args.resume or f"{args.runs_dir}/{name}__{second}")).exists() and not args.resume:
-        second += 1
+    run_dir, now = Path(args.resume or ""), int(time.time())
     if not args.resume:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True).stdout
         versions = {x: metadata.version(x) for x in "jax jaxlib optax numpy safety-gymnasium gymnasium mujoco".split()}
         info = {"script": Path(__file__).stem, "args": vars(args), "git_commit": git.decode().strip() or None,
                 "python": sys.version.split()[0], "packages": versions}
-        run_dir.mkdir(parents=True)
+        for second in range(now, now + 1000):  # others of the name may begin in the same one
+            with contextlib.suppress(FileExistsError):
+                run_dir = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+                run_dir.mkdir(parents=True)
+                break
         (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
         hold(run_dir, stack)
     if args.track:
@@ -1289,7 +1291,7 @@ def evaluate_run(args):
     with contextlib.ExitStack() as stack:
         ask, *sizes = start_envs(args, 1, min(args.num_envs, args.eval_episodes), args.capture_video)
         stack.callback(ask, "close")
-        device()
+        device()  # or its line, before the checkpoint is read
         shapes = jax.eval_shape(partial(fresh, args, sizes), jax.random.key(0))
         trees, counters = load_checkpoint(run_dir, {"agent": shapes["agent"]})
         episodes, frames = evaluate(args, trees["agent"], ask)

@@ -3,8 +3,8 @@
     python benchmark/keep.py runs/RUN ... --to benchmark/results/budget
     python benchmark/budget.py
 
-Every task and budget in --results is a row: cost of the last 100 training episodes, and what --evaluate played at a
-run's end, or its last evaluation where that was not run."""
+Every task and budget in --results is a row: what --evaluate played last, or the last evaluation in training where it
+was not called, and the cost of the last 100 training episodes by then."""
 
 import csv
 import json
@@ -48,7 +48,9 @@ def read_runs(folder):
         if args.get("cost_budget") is None:
             continue
         played = last_evaluation(folder / f"{stem}_episodes.csv")
-        last, = (row for row in rows(folder / f"{stem}_numbers.csv") if row["step"] == played[0]["step"])
+        last = next((row for row in rows(folder / f"{stem}_numbers.csv") if row["step"] == played[0]["step"]), None)
+        if not last:
+            raise SystemExit(f"{stem} was judged at step {played[0]['step']}, at which training evaluated nothing")
         found.append({
             "task": task_name(args["env_id"]), "budget": args["cost_budget"], "seed": args["seed"],
             "step": int(last["step"]), "training": float(last["train/cost"]),

@@ -2,7 +2,7 @@
 
     python benchmark/hazards.py --total-timesteps 50000
 
-How long that takes beside the page's `train` at cycles = 10, and 150000 beside cycles = 30, is in
+How long that takes beside the page's `train` at cycles = 10 (150000: cycles = 30) is in
 benchmark/results/jax_environment.csv. A simulator step is one of the five moves of the page's `step`."""
 
 import sys

@@ -22,7 +22,7 @@ def kept_runs(folder):
 
 
 def run_name(args, step):
-    """What run it is: task, and the steps it had made. (Its flags have those that it was begun with.)"""
+    """What run it is: task, and the steps it had made; its flags may say less, if it was resumed."""
     return f"{task_name(args['env_id'])}, {int(step):,} steps"
 
 

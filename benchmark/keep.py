@@ -71,7 +71,7 @@ def main(options):
             name = "{env_id}__{exp_name}__{seed}".format(**info["args"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{run} is not a run directory: {error}")
-        if not played:
+        if not any(row[0] == "eval" for row in played):
             raise SystemExit(f"{run} has no evaluation yet")
         there = options.to / f"{name}_args.json"
         if name in kept or there.exists() and json.loads(there.read_text()) != info:

@@ -171,7 +171,7 @@ def by_seed(rows, task, setting, name):
     """{seed: {step: value}} of one column, where there is a value."""
     found = defaultdict(dict)
     for row in rows:
-        value = row["cost_rate"] * row["step"] if name == "total_cost" else row[name]  # whole episodes of agent steps
+        value = row["cost_rate"] * row["step"] if name == "total_cost" else row[name]
         if row["env_id"] == task and row["exp_name"] == setting and not math.isnan(value):
             found[row["seed"]][row["step"]] = value
     return dict(sorted(found.items()))

@@ -161,6 +161,12 @@ def test_table_and_picture_of_budgets(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
+def test_a_run_judged_between_evaluations_is_told(tmp_path):
+    kept(tmp_path, "PointPush1", 5.0, 1, [("eval", 50, 9, 9), ("final", 70, 1, 2)])
+    with pytest.raises(SystemExit, match="judged at step 70, at which training evaluated nothing"):
+        budget.read_runs(tmp_path)
+
+
 def test_no_runs_with_a_budget(tmp_path):
     with pytest.raises(SystemExit, match="no run with a --cost-budget"):
         budget.main(budget.Options(tmp_path))

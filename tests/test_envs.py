@@ -599,13 +599,13 @@ def test_a_plan_starts_from_the_last_one_within_an_episode(scripted_envs):
 
 
 @pytest.mark.parametrize("failing, reason", [
-    (Scripted, raised_in(Scripted.fail)), (Hanging, "no answer for 0.5 seconds"),
+    (Scripted, raised_in(Scripted.fail)), (Hanging, "no answer for 1.5 seconds"),
     (Dying, "its process ended with exit code 3"), (Garbling, "its process ended with exit code 4"),
     (Interrupted, "its process ended with exit code 5")])
 def test_a_process_that_fails_leaves_the_run_as_it_was(scripted_envs, threads, tmp_path, failing, reason):
     """All processes end, and one line says what happened where. The run of the last good step can be saved, and goes
     on in new processes as if nothing had been."""
-    flags = {"learning_starts": 15, "env_timeout": 0.5}  # one agent step is random, all others are an agent's
+    flags = {"learning_starts": 15, "env_timeout": 1.5}  # one agent step is random, all others are an agent's
     lives = lambda: (Scripted(1000), Scripted(1000), Scripted(12))
     through = collected(envs := scripted_envs(*lives(), **flags), begin(envs), 5)
     before = len(threads.started)

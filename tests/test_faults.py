@@ -361,8 +361,9 @@ def test_a_cycle_that_was_interrupted_is_reported_whole(tmp_path):
 # Two processes in one directory
 # ----------------------------------------------------------------------------------------------------------------------
 def test_two_runs_of_one_name_in_one_second(tmp_path, monkeypatch):
-    """Each has a directory of its own."""
+    """Each has a directory of its own, also where both look before either makes it."""
     monkeypatch.setattr(spowl.time, "time", lambda: 1795.5)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
     for _ in range(3):
         with contextlib.ExitStack() as stack:
             spowl.open_run_dir(small_args(env_id="Task-v0", exp_name="name", runs_dir=str(tmp_path)), stack)

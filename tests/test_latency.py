@@ -32,6 +32,14 @@ def test_who_acts_alone_has_the_same_flags(script):
     assert {name: getattr(ARGS, name) for name in vars(args)} == vars(args)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "none/t.csv"])
+def test_a_table_that_is_there_is_not_written_over(tmp_path, name):
+    """Nor is one begun for which there is no directory: both before anything is timed."""
+    (tmp_path / "t.csv").touch()
+    with pytest.raises(SystemExit, match="name a new file in a directory that is there"):
+        latency.main(latency.Options(tmp_path, csv=tmp_path / name))
+
+
 def test_a_picture(tmp_path, monkeypatch):
     """Rows without episodes by depth on the left, those with on the right; who plans alone is not drawn."""
     (tmp_path / "t.csv").write_text("acts,samples,depth,times_policy,episodes,return,return_std,cost,cost_std,balance\n"

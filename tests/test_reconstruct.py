@@ -83,6 +83,16 @@ def test_a_picture_of_a_run(run, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("mean squared error of a pixel, seen and imagined: ")
 
 
+def test_what_cannot_be_drawn(run, tmp_path):
+    for changes, said in (({"environment": 2}, "--environment must be from 0 to 1"),
+                          ({"picture": tmp_path / "none" / "p.png"}, "there is no directory")):
+        with pytest.raises(SystemExit, match=said):
+            reconstruct.main(dataclasses.replace(reconstruct.Options(run, tmp_path / "p.png"), **changes))
+    (tmp_path / "args.json").write_text((run / "args.json").read_text())
+    with pytest.raises(SystemExit, match="has no checkpoint"):
+        reconstruct.main(reconstruct.Options(tmp_path, tmp_path / "p.png"))
+
+
 def test_another_run_is_refused(run, tmp_path):
     with pytest.raises(SystemExit, match="is not a run directory of safedreamer.py"):
         reconstruct.main(reconstruct.Options(tmp_path, tmp_path / "p.png"))
