@@ -189,7 +189,7 @@ def test_only_tasks_that_can_be_trained_on_are_offered(monkeypatch, env_id):
     ("file", "Not a directory"), ("file/runs", "Not a directory"), ("a" * 300, "File name too long"),
     ("/proc/nowhere", "No such file or directory"), ("link", "No such file or directory")])
 def test_a_place_that_cannot_hold_runs_is_told_in_one_line(scripted, main, tmp_path, place, reason):
-    """A file, below a file, what the system refuses, a broken link; a directory that is still to be made is none of these."""
+    """A file, below a file, what the system refuses, a broken link; one that is still to be made is none of these."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     _, message = main("--runs-dir", tmp_path / place)
