@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 import tyro
 from plot import CELLS, RESULTS, STYLE, WIDTH, by_rule, markdown, save, task_name
 
@@ -67,18 +68,26 @@ def by_budget(runs):
     return found
 
 
+def with_interval(episodes):
+    """Their mean and its 95% bootstrap interval, as text."""
+    if np.ptp(episodes) == 0:
+        return f"{np.mean(episodes):.1f}"
+    found = scipy.stats.bootstrap((episodes,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+    return f"{np.mean(episodes):.1f} [{found.confidence_interval.low:.1f}, {found.confidence_interval.high:.1f}]"
+
+
 def table_of_budgets(runs):
     """A line per task and budget, in Markdown."""
     lines = []
     for (task, asked), here in by_budget(runs).items():
         training, multiplier = ([run[name] for run in here] for name in ("training", "lambda"))
-        cost, reward = ([np.mean(run[name]) for run in here] for name in ("cost", "return"))
-        lines.append([task, f"{asked:g}", str(len(here)), *(by_rule(values, "{:.1f}") for values in
-                      (training, cost, reward)), ", ".join(str(len(run["cost"])) for run in here),
-                      by_rule(multiplier, "{:.2g}")])
+        evaluated = [", ".join(with_interval(run[name]) for run in here) if len(here) < 3 else
+                     by_rule([np.mean(run[name]) for run in here], "{:.1f}") for name in ("cost", "return")]
+        lines.append([task, f"{asked:g}", str(len(here)), by_rule(training, "{:.1f}"), *evaluated,
+                      ", ".join(str(len(run["cost"])) for run in here), by_rule(multiplier, "{:.2g}")])
     at = " or ".join(f"{step:,}" for step in sorted({run["step"] for run in runs}))
     head = ["task", "budget", "seeds", "cost of the last 100 training episodes", "cost", "return", "episodes", "last λ"]
-    return markdown(head, lines) + f"\nAt {at} steps. {CELLS}\n"
+    return markdown(head, lines) + f"\nAt {at} steps. In brackets: 95% intervals of means over episodes. {CELLS}\n"
 
 
 @plt.rc_context(STYLE)

@@ -151,13 +151,14 @@ def test_table_and_picture_of_budgets(tmp_path):
                                            ("final", 100, 3, 20)])
     kept(tmp_path, "PointGoal1", 5.0, 1, [("eval", 50, 9, 9), ("eval", 100, 7, 4)])
     kept(tmp_path, "PointPush1", 5.0, 1, [("eval", 100, 9, 9), ("final", 50, 1, 2)])  # judged, then resumed
-    kept(tmp_path, "PointGoal1", 5.0, 2, [("eval", 100, 6, 8)])
+    kept(tmp_path, "PointGoal1", 5.0, 2, [("eval", 100, 6, 8), ("eval", 100, 6, 10)])
     kept(tmp_path, "CarGoal1", None, 1, [("eval", 100, 7, 4)])
     budget.main(budget.Options(tmp_path, tmp_path / "picture.png", tmp_path / "table.md"))
     assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
-        "| PointGoal1 | 5 | 2 | 4.5, 4.5 | 4.0, 8.0 | 7.0, 6.0 | 1, 1 | 0.12, 0.12 |",
+        "| PointGoal1 | 5 | 2 | 4.5, 4.5 | 4.0, 9.0 [8.0, 10.0] | 7.0, 6.0 | 1, 2 | 0.12, 0.12 |",
         "| PointGoal1 | 25 | 1 | 4.5 | 20.0 | 3.0 | 2 | 0.12 |",
-        "| PointPush1 | 5 | 1 | 60.0 | 2.0 | 1.0 | 1 | 0.01 |", "", f"At 50 or 100 steps. {budget.CELLS}"]
+        "| PointPush1 | 5 | 1 | 60.0 | 2.0 | 1.0 | 1 | 0.01 |", "", "At 50 or 100 steps. "
+        f"In brackets: 95% intervals of means over episodes. {budget.CELLS}"]
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
