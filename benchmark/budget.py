@@ -8,15 +8,19 @@ was not called, and the cost of the last 100 training episodes by then."""
 
 import csv
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 import tyro
 from plot import CELLS, RESULTS, STYLE, WIDTH, by_rule, markdown, save, task_name
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from spowl_continuous import interval
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,9 @@ def by_budget(runs):
 
 
 def with_interval(episodes):
-    """Their mean and its 95% bootstrap interval, as text."""
-    if np.ptp(episodes) == 0:
-        return f"{np.mean(episodes):.1f}"
-    found = scipy.stats.bootstrap((episodes,), np.mean, n_resamples=10_000, method="percentile", rng=0)
-    return f"{np.mean(episodes):.1f} [{found.confidence_interval.low:.1f}, {found.confidence_interval.high:.1f}]"
+    """Their mean and its interval, as in the line that a run prints."""
+    low, high = interval(episodes)
+    return f"{np.mean(episodes):.1f} [{low:.1f}, {high:.1f}]"
 
 
 def table_of_budgets(runs):

@@ -155,9 +155,10 @@ def test_table_and_picture_of_budgets(tmp_path):
     kept(tmp_path, "CarGoal1", None, 1, [("eval", 100, 7, 4)])
     budget.main(budget.Options(tmp_path, tmp_path / "picture.png", tmp_path / "table.md"))
     assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
-        "| PointGoal1 | 5 | 2 | 4.5, 4.5 | 4.0, 9.0 [8.0, 10.0] | 7.0, 6.0 | 1, 2 | 0.12, 0.12 |",
-        "| PointGoal1 | 25 | 1 | 4.5 | 20.0 | 3.0 | 2 | 0.12 |",
-        "| PointPush1 | 5 | 1 | 60.0 | 2.0 | 1.0 | 1 | 0.01 |", "", "At 50 or 100 steps. "
+        "| PointGoal1 | 5 | 2 | 4.5, 4.5 | 4.0 [4.0, 4.0], 9.0 [8.0, 10.0] | 7.0 [7.0, 7.0], 6.0 [6.0, 6.0] | 1, 2 | "
+        "0.12, 0.12 |",
+        "| PointGoal1 | 25 | 1 | 4.5 | 20.0 [20.0, 20.0] | 3.0 [3.0, 3.0] | 2 | 0.12 |",
+        "| PointPush1 | 5 | 1 | 60.0 | 2.0 [2.0, 2.0] | 1.0 [1.0, 1.0] | 1 | 0.01 |", "", "At 50 or 100 steps. "
         f"In brackets: 95% intervals of means over episodes. {budget.CELLS}"]
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
