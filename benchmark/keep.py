@@ -15,7 +15,6 @@ from pathlib import Path
 
 import tyro
 from plot import scalars_by_step
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COLUMNS = ("split", "step", "environment", "return", "cost", "length")
 
@@ -54,8 +53,7 @@ def training(run, steps, count=100):
 
 def numbers(run, steps):
     """Every tag's value at those steps, "" where it has none: the header and a row for each step."""
-    tags = [tag for tag in EventAccumulator(str(run)).Reload().Tags()["tensors"] if not tag.startswith("_")]
-    logged = dict(zip(tags, scalars_by_step(run, *tags))) | training(run, steps)
+    logged = scalars_by_step(run) | training(run, steps)
     tags = sorted(logged)
     text = lambda tag, step: f"{logged[tag][step]:.4g}" if step in logged[tag] else ""
     return [["step", *tags], *([step, *(text(tag, step) for tag in tags)] for step in steps)]

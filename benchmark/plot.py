@@ -76,13 +76,11 @@ class Options:
 # ----------------------------------------------------------------------------------------------------------------------
 # From run directories to rows
 # ----------------------------------------------------------------------------------------------------------------------
-def scalars_by_step(run_dir, *tags):
-    """{step: value} for each TensorBoard tag; what a resumed run played again counts once."""
-    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
-    events.Reload()
-    logged = events.Tags()["tensors"]
-    return [{event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
-            if tag in logged else {} for tag in tags]
+def scalars_by_step(run_dir):
+    """{tag: {step: value}} of TensorBoard; what a resumed run played again counts once."""
+    events = EventAccumulator(str(run_dir), size_guidance={"tensors": 0}).Reload()
+    return {tag: {event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
+            for tag in events.Tags()["tensors"] if not tag.startswith("_")}
 
 
 def wall_time(run_dir, step):
@@ -112,8 +110,9 @@ def evaluations(run_dir, grid=None):
     by_step = defaultdict(list)
     for row in episodes:
         by_step[int(row["step"])].append([float(row.get(name, "nan")) for name in ("return", "cost", "balance")])
-    balance, cost_rate, no_improvement = scalars_by_step(
-        run_dir, "eval/balance", "charts/cost_rate", "planner/no_improvement")
+    logged = scalars_by_step(run_dir)
+    balance, cost_rate, no_improvement = (
+        logged.get(tag, {}) for tag in ("eval/balance", "charts/cost_rate", "planner/no_improvement"))
     for step, values in sorted(by_step.items()):
         returns, costs, balances = np.array(values).T  # of single episodes --evaluate alone writes a balance
         yield {"exp_name": args["exp_name"], "env_id": args["env_id"], "seed": args["seed"], "step": step,
