@@ -207,6 +207,8 @@ class EStep:
     """first temperature eta of the weights"""
     lambda_init: NotNegative = 0.0
     """first Lagrange multiplier lambda"""
+    weights_lambda: Positive = 1.0
+    """how often the weights subtract lambda Qc: once as in the dual and the paper, 2 as FSRL does"""
     dual_min: Positive = 1e-6
     """smallest eta and lambda after the first step"""
     dual_max: Positive = 20.0
@@ -490,10 +492,9 @@ def dual_loss(dual, args, q, qc):
     return dual["eta"] * (args.e_step_kl + jnp.mean(log_mean)) + dual["lambda"] * cost_threshold(args)
 
 
-def action_weights(dual, q, qc):
-    """(K, B): softmax over the K actions of a state of (Q - lambda Qc) / eta.
-    differs from FSRL: there lambda Qc is subtracted twice."""
-    return jax.nn.softmax((q - dual["lambda"] * qc) / dual["eta"], axis=0)
+def action_weights(dual, args, q, qc):
+    """(K, B): softmax over the K actions of a state of (Q - args.weights_lambda lambda Qc) / eta."""
+    return jax.nn.softmax((q - args.weights_lambda * dual["lambda"] * qc) / dual["eta"], axis=0)
 
 
 def e_step(args, dual, dual_opt, q, qc):
@@ -501,7 +502,7 @@ def e_step(args, dual, dual_opt, q, qc):
     loss, grads = jax.value_and_grad(dual_loss)(dual, args, q, qc)
     updates, dual_opt = optax.adam(args.dual_lr).update(grads, dual_opt)
     dual = jax.tree.map(lambda x: jnp.clip(x, args.dual_min, args.dual_max), optax.apply_updates(dual, updates))
-    weights = action_weights(dual, q, qc)
+    weights = action_weights(dual, args, q, qc)
     kl = jnp.mean(jnp.sum(jax.scipy.special.xlogy(weights, weights * len(q)), axis=0))
     violation = jnp.mean(jnp.sum(weights * qc, axis=0)) - cost_threshold(args)
     metrics = {"cvpo/dual": loss, "cvpo/eta": dual["eta"], "cvpo/kl_weights": kl, "lagrangian/lambda": dual["lambda"],

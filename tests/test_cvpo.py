@@ -151,7 +151,7 @@ BAD = [(f"--{name} 0", "must be at least 1") for name in (
     "hidden", "batch-size", "n-step", "episode-length", "num-samples", "num-envs", "action-repeat", "train-every")]
 BAD += [(f"--{name} 0", "must be positive") for name in (
     "critic-lr", "policy-lr", "dual-lr", "alpha-lr", "e-step-kl", "kl-mean", "kl-std", "eta-init", "dual-min",
-    "dual-max", "updates-per-step", "tau")]
+    "weights-lambda", "dual-max", "updates-per-step", "tau")]
 BAD += [(f"--{name} -0.1", "must be at least 0") for name in ("cost-limit", "lambda-init", "alpha-max", "gamma")]
 BAD += [(f"--{field.name.replace('_', '-')} nan", "must be a finite number")
         for field in dataclasses.fields(Args) if type(field.default) is float]
@@ -191,7 +191,8 @@ def test_defaults():
         num_envs=10, action_repeat=1, train_every=10_000, updates_per_step=0.2, learning_starts=0, hidden=128,
         buffer_size=200_000, batch_size=256, critic_lr=1e-3, policy_lr=5e-4, gamma=0.995, cost_gamma=0.995, n_step=3,
         tau=0.05, cost_limit=25.0, episode_length=1000, num_samples=16, e_step_kl=0.02, dual_lr=0.02, eta_init=1.0,
-        lambda_init=0.0, dual_min=1e-6, dual_max=20.0, kl_mean=0.005, kl_std=0.0005, alpha_lr=0.1, alpha_max=0.5)
+        lambda_init=0.0, weights_lambda=1.0, dual_min=1e-6, dual_max=20.0, kl_mean=0.005, kl_std=0.0005, alpha_lr=0.1,
+        alpha_max=0.5)
     assert {name: getattr(Args(), name) for name in expected} == expected
 
 
@@ -408,21 +409,23 @@ def test_one_step_of_the_dual():
 
 
 def test_weights_by_hand():
-    """lambda Qc is subtracted once: Q 1 and 0, Qc 2 and 0, lambda 0.5 make two actions equal (twice: e^-2 to 1)."""
+    """lambda Qc is subtracted once: Q 1, 0 and Qc 2, 0 at lambda 0.5 are equal actions; twice as in FSRL: e^-2 to 1."""
     q, qc = jnp.array([[1.0], [0.0]]), jnp.array([[2.0], [0.0]])
-    np.testing.assert_allclose(cvpo.action_weights(dual_of(0.5, 0.5), q, qc), 0.5)
-    (first,), (second,) = cvpo.action_weights(dual_of(0.5, 0.25), q, qc).tolist()
+    np.testing.assert_allclose(cvpo.action_weights(dual_of(0.5, 0.5), ARGS, q, qc), 0.5)
+    (first,), (second,) = cvpo.action_weights(dual_of(0.5, 0.25), ARGS, q, qc).tolist()
     assert first / second == pytest.approx(math.e) and first + second == pytest.approx(1.0)
+    (first,), (second,) = cvpo.action_weights(dual_of(0.5, 0.5), small_args(weights_lambda=2.0), q, qc).tolist()
+    assert first / second == pytest.approx(math.exp(-2.0))
 
 
 @given(st.floats(0.05, 20.0), st.floats(0.0, 5.0), st.integers(0, 1000), st.floats(-3.0, 3.0))
 def test_weights_are_shares_and_ignore_a_states_own_level(eta, multiplier, seed, level):
     """They sum to 1 for every state, and Q higher by a constant in one state changes none of them."""
     q, qc = critics_read(seed, k=4, b=3)
-    weights = cvpo.action_weights(dual_of(eta, multiplier), q, qc)
+    weights = cvpo.action_weights(dual_of(eta, multiplier), ARGS, q, qc)
     np.testing.assert_allclose(np.sum(weights, 0), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(cvpo.action_weights(dual_of(eta, multiplier), q + level * np.arange(3), qc), weights,
-                               atol=1e-4)
+    higher = cvpo.action_weights(dual_of(eta, multiplier), ARGS, q + level * np.arange(3), qc)
+    np.testing.assert_allclose(higher, weights, atol=1e-4)
 
 
 def test_the_sharpest_weights_are_finite():
@@ -432,7 +435,7 @@ def test_the_sharpest_weights_are_finite():
     assert np.isfinite([loss, grads["eta"], grads["lambda"]]).all()
     _, _, weights, metrics = cvpo.e_step(STATES, dual, cvpo.optax.adam(0.02).init(dual), q, 0.0 * q)
     assert all(np.isfinite(value) for value in metrics.values())
-    sharp = cvpo.action_weights(dual, q, 0.0 * q)
+    sharp = cvpo.action_weights(dual, STATES, q, 0.0 * q)
     np.testing.assert_array_equal(sharp, np.eye(3))
 
 
