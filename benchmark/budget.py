@@ -28,9 +28,7 @@ class Options:
     results: Path = RESULTS / "budget"
     """what benchmark/keep.py kept"""
     picture: Path = RESULTS / "budget.png"
-    """picture to draw"""
-    table: Path = RESULTS / "budget.md"
-    """table to write, in Markdown"""
+    """picture to draw; the table is printed"""
 
 
 def rows(path):
@@ -130,9 +128,8 @@ def main(options):
     runs = read_runs(options.results)
     if not runs:
         raise SystemExit(f"{options.results} has no run with a --cost-budget: keep some with benchmark/keep.py")
-    options.table.write_text(table_of_budgets(runs))
     draw(options.picture, runs)
-    print(options.table.read_text(), end="")
+    print(table_of_budgets(runs), end="")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every picture and every table of benchmark/results/ again, from the csv files there; each table also into its page.
+"""Every picture of benchmark/results/ again, and every table of docs/results/ into its page, from the csv files there.
 
-    python benchmark/pictures.py                         # all
-    python benchmark/pictures.py fig6_two_cores.png      # some
+    python benchmark/pictures.py                              # all
+    python benchmark/pictures.py fig6_two_cores.png fig6.md   # some
 
 PICTURES and TABLES say what is made of what; NOT_MADE which pictures are not made here, and why."""
 
@@ -66,7 +66,7 @@ NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a t
 @dataclass(frozen=True)
 class Options:
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """files of benchmark/results/ to make (default: all)"""
+    """pictures to draw and pages to give their table (default: all)"""
 
 
 def two_cores(name):
@@ -115,10 +115,10 @@ PICTURES = {  # file: what draws it to a path
     "latency.png": partial(latency.draw, RESULTS / "latency.csv"),
     "speed_two_cores.png": lambda path: speed.draw(speed.read_rows(RESULTS / "speed_two_cores.csv"), path),
 }
-TABLES = {  # file: the name of page and markers, and what gives its text
-    **{f"{name}_two_cores.md": (name, lambda name=name: plot.table_of_settings(*two_cores(name))) for name in FIGURES},
-    "table1_two_cores.md": ("table1", lambda: plot.table_beside_paper(*two_cores("table1"), paper())),
-    "budget.md": ("budget", lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget"))),
+TABLES = {  # page: what gives the text between its markers, which are named after it
+    **{f"{name}.md": lambda name=name: plot.table_of_settings(*two_cores(name)) for name in FIGURES},
+    "table1.md": lambda: plot.table_beside_paper(*two_cores("table1"), paper()),
+    "budget.md": lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget")),
 }
 
 
@@ -141,11 +141,10 @@ def main(options):
     for name in PICTURES:
         if name in chosen:
             PICTURES[name](RESULTS / name)
-    for name, (place, table) in TABLES.items():
+    for name in TABLES:
         if name in chosen:
-            page, text = DOCS / f"{place}.md", table()
-            (RESULTS / name).write_text(text)
-            page.write_text(between_markers(page.read_text(), place, text))
+            page = DOCS / name
+            page.write_text(between_markers(page.read_text(), page.stem, TABLES[name]()))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def kept(folder, task, asked, seed, episodes):
             csv.writer(file).writerows(rows)
 
 
-def test_table_and_picture_of_budgets(tmp_path):
+def test_table_and_picture_of_budgets(tmp_path, capsys):
     """By task, budget and seed; the episodes of --evaluate if it was run, else the last evaluation's; no other runs."""
     kept(tmp_path, "PointGoal1", 25.0, 1, [("eval", 50, 9, 9), ("eval", 100, 9, 9), ("final", 100, 3, 20),
                                            ("final", 100, 3, 20)])
@@ -153,8 +153,8 @@ def test_table_and_picture_of_budgets(tmp_path):
     kept(tmp_path, "PointPush1", 5.0, 1, [("eval", 100, 9, 9), ("final", 50, 1, 2)])  # judged, then resumed
     kept(tmp_path, "PointGoal1", 5.0, 2, [("eval", 100, 6, 8), ("eval", 100, 6, 10)])
     kept(tmp_path, "CarGoal1", None, 1, [("eval", 100, 7, 4)])
-    budget.main(budget.Options(tmp_path, tmp_path / "picture.png", tmp_path / "table.md"))
-    assert (tmp_path / "table.md").read_text().splitlines()[2:] == [
+    budget.main(budget.Options(tmp_path, tmp_path / "picture.png"))
+    assert capsys.readouterr().out.splitlines()[2:] == [
         "| PointGoal1 | 5 | 2 | 4.5, 4.5 | 4.0 [4.0, 4.0], 9.0 [8.0, 10.0] | 7.0 [7.0, 7.0], 6.0 [6.0, 6.0] | 1, 2 | "
         "0.12, 0.12 |",
         "| PointGoal1 | 25 | 1 | 4.5 | 20.0 [20.0, 20.0] | 3.0 [3.0, 3.0] | 2 | 0.12 |",
