@@ -1,0 +1,107 @@
+"""What the pages say of chance: each p is computed here from the committed csv, and must stand on its page."""
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+from plot import RESULTS, by_seed, read_rows
+
+TASK = "SafetyPointGoal1-v0"
+
+
+def at(table, setting, name, step=300_000, seeds=()):
+    """A column's values at one step, in the order of seeds (default: all)."""
+    found = by_seed(read_rows(RESULTS / f"{table}.csv"), TASK, setting, name)
+    return [found[seed][step] for seed in seeds or found]
+
+
+def says(page, *sentences):
+    """Whether each stands there, however its lines are broken."""
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "results" / f"{page}.md").read_text())
+    return all(sentence in text for sentence in sentences)
+
+
+def rank_p(first, second):
+    return scipy.stats.mannwhitneyu(first, second, alternative="two-sided", method="exact").pvalue
+
+
+def one_more_p(known, new):
+    """Chance that one more value of the normal distribution of `known` is as far from their mean as `new`."""
+    spread = np.std(known, ddof=1) * np.sqrt(1 + 1 / len(known))
+    return 2 * scipy.stats.t.sf(abs(new - np.mean(known)) / spread, len(known) - 1)
+
+
+@pytest.mark.parametrize("step, all_seeds, first_three, sentence", [
+    (60_000, 0.01, None, "(rank test, p = 0.01)"),
+    (120_000, 0.08, 0.02, "(p = 0.08; with its seeds 1 to 3 alone p = 0.02)"),
+    (300_000, 0.13, 0.17, "(p = 0.13; with the full agent's seeds 1 to 3 alone p = 0.17)"),
+])
+def test_planning_against_the_policy_alone(step, all_seeds, first_three, sentence):
+    full, plan, policy = (at("fig6_two_cores", name, "return", step) for name in ("laptop", "plan_only", "policy_only"))
+    assert (len(full), len(plan), len(policy)) == (5, 3, 3) and says("fig6", sentence)
+    assert round(rank_p(full + plan, policy), 2) == all_seeds
+    if first_three:
+        assert round(rank_p(full[:3] + plan, policy), 2) == first_three
+
+
+def test_planning_against_the_policy_alone_by_means():
+    full, plan, policy = (at("fig6_two_cores", name, "return") for name in ("laptop", "plan_only", "policy_only"))
+    difference = lambda x, y, axis: np.mean(x, axis=axis) - np.mean(y, axis=axis)
+    found = scipy.stats.permutation_test((full + plan, policy), difference, vectorized=True, n_resamples=np.inf)
+    assert round(found.pvalue, 2) == 0.06 and says("fig6", "A test of the means instead of ranks gives 0.06")
+
+
+@pytest.mark.parametrize("figure, setting, name, expected", [
+    ("fig7", "target_min", "cost_rate", 0.02), ("fig7", "target_max", "cost_rate", 0.03),
+    ("fig7", "target_max", "return", 0.14),
+    ("fig8", "heads_1x1", "cost_rate", 0.08), ("fig8", "heads_3x3_max", "cost_rate", 0.17),
+])
+def test_one_run_against_five(figure, setting, name, expected):
+    (new,), known = (at(f"{figure}_two_cores", which, name) for which in (setting, "laptop"))
+    assert len(known) == 5 and round(one_more_p(known, new), 2) == expected
+
+
+def test_those_of_one_run_are_on_their_pages():
+    assert says("fig7", "(p = 0.02 and 0.03)", "(p = 0.14;") and says("fig8", "(p = 0.08 and 0.17)")
+
+
+def test_the_papers_cost_discount():
+    """Training costs less and the return is lower in six pairs of six: by signs, twice a half to the sixth."""
+    for name, page in (("cost_rate", "by 4% to 24%"), ("return", "by 0.1 to 1.5")):
+        pairs = [(at("laptop_ablation", setting, name, seeds=(1, 2, 3)),
+                  at("laptop_ablation", f"{prefix}paper's cost discount", name))
+                 for setting, prefix in (("laptop", ""), ("larger planner", "larger planner with "))]
+        assert all(less < more for all_more, all_less in pairs for more, less in zip(all_more, all_less))
+        assert says("ablation", page)
+    assert round(scipy.stats.binomtest(6, 6).pvalue, 2) == 0.03 and says("ablation", "(sign test, p = 0.03,")
+
+
+def test_a_full_multiplier_from_the_start():
+    """Three pairs of seeds, and their episodes: the mean difference over the standard error of six means."""
+    known, new, *deviations = (
+        at(table, setting, name, seeds=(3, 4, 5)) for name in ("cost", "cost_std")
+        for table, setting in (("laptop", "laptop"), ("laptop_early", "lambda-init 0.2, whole run")))
+    z = np.sum(np.subtract(new, known)) / np.sqrt(np.sum(np.square(deviations)) / 50)
+    assert (round(z, 1), round(2 * scipy.stats.norm.sf(z), 2)) == (2.1, 0.03)
+    assert round(scipy.stats.ttest_rel(new, known).pvalue, 2) == 0.09
+    assert says("training_costs", "(z = 2.1, p = 0.03)", "(paired t, p = 0.09)")
+
+
+def test_who_acts():
+    """Plan or policy against the policy alone, by the episodes' return: where p is below 0.05."""
+    with open(RESULTS / "who_acts.csv", newline="") as file:
+        rows = {(row["env_id"], row["acts"]): (float(row["return"]), float(row["return_std"]))
+                for row in csv.DictReader(file)}
+    found = {}
+    for task in {task for task, _ in rows}:
+        (both, spread), (policy, other) = rows[task, "plan or policy"], rows[task, "policy"]
+        found[task[6:-3]] = round(2 * scipy.stats.norm.sf(abs(both - policy) / np.hypot(spread, other) * 50**0.5), 2)
+    assert {task: p for task, p in found.items() if p < 0.05} == {"PointGoal2": 0.02, "PointPush1": 0.01}
+    assert says("latency", "on PointGoal2 (p = 0.02) and PointPush1 (p = 0.01) only")
