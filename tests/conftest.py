@@ -71,6 +71,20 @@ def compiled_once(tmp_path_factory):
         yield
 
 
+def all_fast():
+    """Thousands of steps: here running takes longer than compiling, and a check of the keys at every call longest."""
+    slow = {"jax_disable_most_optimizations": True, "jax_debug_key_reuse": True}
+    for name in slow:
+        jax.config.update(name, False)
+    yield
+    for name, value in slow.items():
+        jax.config.update(name, value)
+
+
+fast = pytest.fixture(all_fast)  # for one test
+fast_file = pytest.fixture(all_fast, scope="module")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes many minutes; left out unless asked for with -m long")
 

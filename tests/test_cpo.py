@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from test_ppo_lagrangian import (ACTIONS, E, FLAGS, OBS, PROBE, SMALL, T, buffer_of, check_evaluated,
-                                 check_every_update_draws_anew, check_resumed, check_run, copy, fast, np_mlp, np_tally,
+                                 check_every_update_draws_anew, check_resumed, check_run, copy, np_mlp, np_tally,
                                  practise, random_agent, random_rows, trained)
 from test_train import ROOT
 

@@ -30,17 +30,6 @@ SMALL = dict(num_envs=E, train_every=E * T, total_timesteps=4 * E * T, eval_ever
              gamma=0.9, cost_gamma=0.8, gae_lambda=0.7, cost_limit=1.5, cost_window=4)
 
 
-@pytest.fixture(scope="module")
-def fast():
-    """Thousands of calls: here running takes longer than compiling, and a check of the keys at every call longest."""
-    slow = {"jax_disable_most_optimizations": True, "jax_debug_key_reuse": True}
-    for name in slow:
-        jax.config.update(name, False)
-    yield
-    for name, value in slow.items():
-        jax.config.update(name, value)
-
-
 def small_args(**changes):
     return Args(**(SMALL | changes))
 

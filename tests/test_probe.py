@@ -18,17 +18,7 @@ ARGS = Args(num_envs=E, buffer_size=500 * E, latent_dim=16, enc_dim=32, mlp_dim=
             iterations=3, bootstrap_samples=100, horizon=2, gamma=0.6, cost_gamma=0.4, learning_rate=3e-3, tau=0.1,
             lambda_init=0.01, lambda_max=2.0, mu_init=0.02, cost_limit=0.02)
 UPDATES = 50  # per call of update_many
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_for_speed():
-    """Thousands of calls: here running takes longer than compiling, and a check of the keys at every call longest."""
-    slow = {"jax_disable_most_optimizations": True, "jax_debug_key_reuse": True}
-    for name in slow:
-        jax.config.update(name, False)
-    yield
-    for name, value in slow.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("fast_file")
 
 
 def batched(*columns):

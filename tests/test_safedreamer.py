@@ -42,17 +42,6 @@ def small_args(**changes):
 ARGS = small_args()
 
 
-@pytest.fixture
-def fast():
-    """Thousands of steps: here running takes longer than compiling, and a check of the keys at every call longest."""
-    slow = {"jax_disable_most_optimizations": True, "jax_debug_key_reuse": True}
-    for name in slow:
-        jax.config.update(name, False)
-    yield
-    for name, value in slow.items():
-        jax.config.update(name, value)
-
-
 new_agent = jax.jit(sd.init_agent, static_argnums=(0, 2, 3))
 
 
