@@ -176,6 +176,14 @@ def test_first_mean_is_the_last_one_shifted(monkeypatch):
     np.testing.assert_allclose(final.action, SHIFTED[0], atol=1e-5)
 
 
+def test_a_gpu_does_not_round_the_plan(monkeypatch):
+    """Its mean and deviation are products, which TF32 would round to 10 bits."""
+    run = stand_in_model(monkeypatch, -np.ones((3, 3, 2)))
+    with jax.default_matmul_precision("default"):
+        traced = str(run.trace(plan_args(), jnp.asarray(LAST), jax.random.key(0)).jaxpr)
+    assert traced.count("= dot_general[") == traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+
+
 def test_first_samples(monkeypatch):
     """§5: the first samples are N(first mean, max_std) for every step and action, clipped to [-1, 1]."""
     samples = []
