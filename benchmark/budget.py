@@ -6,8 +6,6 @@
 Every task and budget in --results is a row: what --evaluate played last, or the last evaluation in training where it
 was not called, and the cost of the last 100 training episodes by then."""
 
-import csv
-import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from kept import played, read_kept
 from plot import CELLS, RESULTS, STYLE, WIDTH, by_rule, markdown, save, task_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,34 +30,17 @@ class Options:
     """picture to draw; the table is printed"""
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def last_evaluation(path):
-    """The last evaluation's episodes in a kept file: the split and step of its last row."""
-    episodes = rows(path)
-    split, step = episodes[-1]["split"], episodes[-1]["step"]
-    return [row for row in episodes if (row["split"], row["step"]) == (split, step)]
-
-
 def read_runs(folder):
     """A dict for each kept run with a budget, in the order of task, budget and seed."""
     found = []
-    for path in sorted(folder.glob("*_args.json")):
-        args, stem = json.loads(path.read_text())["args"], path.name.removesuffix("_args.json")
-        if args.get("cost_budget") is None:
+    for run in read_kept(folder):
+        if run.args.get("cost_budget") is None:
             continue
-        played = last_evaluation(folder / f"{stem}_episodes.csv")
-        last = next((row for row in rows(folder / f"{stem}_numbers.csv") if row["step"] == played[0]["step"]), None)
-        if not last:
-            raise SystemExit(f"{stem} was judged at step {played[0]['step']}, at which training evaluated nothing")
+        last = run.numbers[run.last]
         found.append({
-            "task": task_name(args["env_id"]), "budget": args["cost_budget"], "seed": args["seed"],
-            "step": int(last["step"]), "training": float(last["train/cost"]),
-            "lambda": float(last["lagrangian/lambda"]),
-            "return": [float(row["return"]) for row in played], "cost": [float(row["cost"]) for row in played]})
+            "task": task_name(run.args["env_id"]), "budget": run.args["cost_budget"], "seed": run.args["seed"],
+            "step": run.last, "training": float(last["train/cost"]), "lambda": float(last["lagrangian/lambda"]),
+            "return": played(run, run.last, "return"), "cost": played(run, run.last, "cost")})
     return sorted(found, key=lambda run: (run["task"], run["budget"], run["seed"]))
 
 

@@ -3,22 +3,16 @@
 Pictures of what benchmark/keep.py kept of runs, and of the totals of benchmark/plot.py; benchmark/pictures.py makes
 them."""
 
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
-from budget import last_evaluation, rows
-from plot import LIMIT, STYLE, WIDTH, save, step_axis, step_text, task_name
+from budget import with_interval
+from kept import played, read_kept
+from plot import (CELLS, LIMIT, STYLE, WIDTH, algorithm, by_rule, last_values, markdown, save, step_axis, step_text,
+                  task_name)
 
 EDGES = (0, 1, 5, 10, 25, 50, np.inf)
 BINS = ("0", "1 to 4", "5 to 9", "10 to 24", "25 to 49", "50 up")
 STRETCHES = (60_000, 120_000, 180_000, 240_000, 300_000)  # where each ends; every run was evaluated there
-
-
-def kept_runs(folder):
-    """(file names' beginning, flags) of each run kept there."""
-    for path in sorted(folder.glob("*_args.json")):
-        yield path.name.removesuffix("_args.json"), json.loads(path.read_text())["args"]
 
 
 def run_name(args, step):
@@ -31,20 +25,41 @@ def share_of_episodes(costs):
     return 100 * np.histogram(costs, EDGES)[0] / len(costs)
 
 
+def table_of_kept(runs, grid, before, grid_before, printed):
+    """A line per kept run, in a grid's order: its last evaluation, beside rows of shorter runs of the same system, and
+    the paper's Table 1."""
+    pair = lambda values: " / ".join(values)
+    lines = []
+    for task in grid.tasks:
+        for setting, entry in grid.settings.items():
+            shorter = next((name for name, other in grid_before.settings.items()
+                            if other["label"] == entry["label"]), None)
+            at_first = [by_rule(last_values(before, task, shorter, name), "{:.1f}") for name in ("return", "cost")]
+            theirs = [" ± ".join(printed.get((task, name, algorithm(entry)), "—")) for name in ("return", "cost")]
+            for run in runs:
+                if (run.args["env_id"], run.args["exp_name"]) == (task, setting):
+                    returns, costs = (played(run, run.last, name) for name in ("return", "cost"))
+                    rate = 1e4 * float(run.numbers[run.last]["charts/cost_rate"])
+                    lines.append([task_name(task), entry["label"], str(run.args["seed"]), with_interval(returns),
+                                  with_interval(costs), f"{rate:.0f}", str(len(costs)), pair(at_first), pair(theirs)])
+    head = ["task", "", "seed", "return", "cost", "cost rate ×10⁴", "episodes", "300,000 steps: return / cost",
+            "paper, 5,000,000 steps"]
+    return markdown(head, lines) + f"\nIn brackets: 95% intervals of means over episodes. At 300,000 steps: {CELLS}\n"
+
+
 @plt.rc_context(STYLE)
 def draw_episode_costs(folder, path):
     """How many episodes of the last evaluation cost how much, a panel per kept run."""
-    runs = list(kept_runs(folder))
+    runs = read_kept(folder)
     lines = -(-len(runs) // 2)
     figure, axes = plt.subplots(lines, 2, figsize=(WIDTH, 0.5 + 2.1 * lines), squeeze=False, sharey=True,
                                 layout="constrained")
-    for axis, (stem, args) in zip(axes.ravel(), runs):
-        played = last_evaluation(folder / f"{stem}_episodes.csv")
-        costs = [float(row["cost"]) for row in played]
+    for axis, run in zip(axes.ravel(), runs):
+        costs = played(run, run.last, "cost")
         bars = axis.bar(BINS, share_of_episodes(costs), color="tab:blue", width=0.85)
         axis.bar_label(bars, fmt="{:.0f}%", fontsize=7.5)
         axis.axvline(3.5, color="black", linestyle="--", linewidth=1)
-        axis.set_title(f"{run_name(args, played[0]['step'])}: mean {np.mean(costs):.1f}")
+        axis.set_title(f"{run_name(run.args, run.last)}: mean {np.mean(costs):.1f}")
         axis.text(0.98, 0.93, f"{len(costs)} episodes\nworst {max(costs):g}", transform=axis.transAxes, ha="right",
                   va="top")
         axis.set_ylim(0, 112)
@@ -61,10 +76,10 @@ def draw_episode_costs(folder, path):
 @plt.rc_context(STYLE)
 def draw_multiplier_and_critic(folder, path):
     """Over each kept run: the multiplier, and the cost critic's value read beside the cost that followed."""
-    runs = list(kept_runs(folder))
+    runs = read_kept(folder)
     figure, axes = plt.subplots(3, len(runs), figsize=(WIDTH, 6.6), squeeze=False, sharey="row", layout="constrained")
-    for column, (stem, args) in zip(axes.T, runs):
-        numbers = rows(folder / f"{stem}_numbers.csv")
+    for column, run in zip(axes.T, runs):
+        numbers = list(run.numbers.values())
         curve = lambda tag: zip(*((int(row["step"]), float(row[tag])) for row in numbers if row[tag]))
         top, *below = column
         top.plot(*curve("lagrangian/lambda"), color="black", marker=".", markersize=4, linewidth=0.8)
@@ -73,7 +88,7 @@ def draw_multiplier_and_critic(folder, path):
                                                ("read", "Qᶜ read there", "tab:blue", "o")):
                 axis.plot(*curve(f"critic/{what}_{where}"), color=color, marker=marker, markersize=3.5, linewidth=0.8,
                           label=label)
-        top.set_title(run_name(args, numbers[-1]["step"]), fontweight="bold")
+        top.set_title(run_name(run.args, numbers[-1]["step"]), fontweight="bold")
         for axis in column:
             step_axis(axis, 0, int(numbers[-1]["step"]), False)
             axis.set_ylim(0, None)

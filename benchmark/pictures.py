@@ -17,6 +17,7 @@ import plot
 import speed
 import tyro
 from grid import read_grid
+from kept import read_kept
 from plot import RESULTS
 
 HERE = Path(__file__).resolve().parent
@@ -74,6 +75,14 @@ def two_cores(name):
     return plot.read_rows(RESULTS / f"{name}_two_cores.csv"), read_grid(HERE / "grids" / f"{name}.yaml", "two_cores")
 
 
+def million(name):
+    """Kept runs of a million steps and that grid of those tasks that have some."""
+    rows, grid = plot.read_rows(RESULTS / "million"), read_grid(HERE / "grids" / f"{name}.yaml", "million")
+    ran = {row["env_id"] for row in rows}
+    tasks = tuple(task for task in grid.tasks if task in ran)
+    return rows, grid._replace(title=f"{grid.title}: a million steps", tasks=tasks)
+
+
 def draw_grid(name, path):
     """Learning curves of a grid."""
     plot.draw(*two_cores(name), path, 25)
@@ -109,6 +118,7 @@ PICTURES = {  # file: what draws it to a path
     **{f"{name}.png": partial(draw_learning, name) for name in LEARNING},
     "table1_two_cores_tradeoff.png": lambda path: plot.draw_tradeoff(*two_cores("table1"), path, paper()),
     "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
+    "million.png": lambda path: plot.draw(*million("table1"), path, 25),
     "episode_costs.png": partial(inside.draw_episode_costs, RESULTS / "million"),
     "lambda_and_critic.png": partial(inside.draw_multiplier_and_critic, RESULTS / "million"),
     "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),
@@ -118,6 +128,8 @@ PICTURES = {  # file: what draws it to a path
 TABLES = {  # page: what gives the text between its markers, which are named after it
     **{f"{name}.md": lambda name=name: plot.table_of_settings(*two_cores(name)) for name in FIGURES},
     "table1.md": lambda: plot.table_beside_paper(*two_cores("table1"), paper()),
+    "million.md": lambda: inside.table_of_kept(
+        read_kept(RESULTS / "million"), million("table1")[1], *two_cores("table1"), paper()),
     "budget.md": lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget")),
 }
 

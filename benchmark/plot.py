@@ -25,6 +25,7 @@ import numpy as np
 import scipy.stats
 import tyro
 from grid import PANELS, Grid, read_grid
+from kept import rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -54,7 +55,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """run directories"""
     csv: Path | None = None
-    """table to write from the run directories, or to read where none is given"""
+    """table to write from the run directories, or to read where none is given; also a folder of benchmark/keep.py"""
     add: bool = False
     """keep the rows of all other runs (name, task, seed) in a table that is there: they may be of another machine"""
     picture: Path | None = None
@@ -139,7 +140,9 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """The csv's rows, numbers as numbers; nan in the last columns where they were not written yet."""
+    """The rows of a csv, or of a folder of kept runs, numbers as numbers; nan where something was not written."""
+    if path.is_dir():
+        return rows_of(path)
     try:
         with open(path, newline="") as file:
             kinds = {"exp_name": str, "env_id": str, "seed": int, "step": int, "episodes": int}

@@ -1,15 +1,20 @@
-"""benchmark/keep.py: the two csv files of a run say what its own files say."""
+"""benchmark/keep.py: the two csv files of a run say what its own files say. kept.py reads them again."""
 import csv
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.summary import Writer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
 
+import inside
 import keep
+import kept
+import plot
+from grid import Grid
 
 NUMBERS = {100: {"charts/cost_rate": 0.123456, "lagrangian/lambda": 2e-7}, 150: {"charts/cost_rate": 9.0},
            200: {"charts/cost_rate": 0.5, "critic/cost_auc": 0.91}}
@@ -49,6 +54,36 @@ def test_what_is_kept(run, tmp_path):
         ["step", "charts/cost_rate", "critic/cost_auc", "lagrangian/lambda", "train/cost", "train/return"],
         ["100", "0.1235", "", "2e-07", "", ""], ["200", "0.5", "0.91", "", "8", "7.5"]]
     assert (tmp_path / "kept" / "Task-v0__name__3_args.json").read_text() == (run / "args.json").read_text()
+
+
+def test_kept_runs_are_rows_of_a_picture(run, tmp_path):
+    """What is read from the small files is what plot.py reads from the run, but for its hours: of the speed logged."""
+    folder = tmp_path / "kept"
+    keep.main(keep.Options((run,), folder))
+    name = "Task-v0__name__3"
+    text = (folder / f"{name}_numbers.csv").read_text()
+    lines = [f"{line},{speed}" for line, speed in zip(text.splitlines(), ("charts/SPS", "2", "5"))]
+    (folder / f"{name}_numbers.csv").write_text("\n".join(lines))
+    found, expected = plot.read_rows(folder), list(plot.evaluations(run))
+    expected[1] |= {"hours": 200 / 5 / 3600, "balance": np.nan}  # that of --evaluate's episodes is not kept
+    assert len(found) == len(expected) == 2
+    for row, wanted in zip(found, expected):
+        names = [wanted.pop(name) for name in ("exp_name", "env_id")]
+        assert [row.pop(name) for name in ("exp_name", "env_id")] == names
+        assert row == pytest.approx(wanted, rel=1e-3, nan_ok=True)
+
+
+def test_table_of_kept_runs(run, tmp_path):
+    """Beside the system's rows at 300,000 steps, which are told by their label, and the paper's."""
+    keep.main(keep.Options((run,), tmp_path / "kept"))
+    grids = [Grid("", (), ("Task-v0",), (1, 3), {}, {name: {"label": "Ours, new"}, "other": {"label": "Theirs"}})
+             for name in ("name", "before")]
+    before = [{"exp_name": "before", "env_id": "Task-v0", "seed": seed, "step": 5, "return": reward, "cost": 2.0 * seed}
+              for seed, reward in ((1, 3.0), (2, 4.04))]
+    printed = {("Task-v0", "return", "Ours"): ("7.0", "0.5"), ("Task-v0", "cost", "Ours"): ("1.0", "0.1")}
+    made = inside.table_of_kept(kept.read_kept(tmp_path / "kept"), grids[0], before, grids[1], printed)
+    assert made.splitlines()[2:-2] == ["| Task | Ours, new | 3 | 4.0 [4.0, 4.0] | 7.0 [7.0, 7.0] | 5000 | 1 | "
+                                       "3.0, 4.0 / 2.0, 4.0 | 7.0 ± 0.5 / 1.0 ± 0.1 |"]
 
 
 def test_another_run_of_the_name_is_not_replaced(run, tmp_path):
