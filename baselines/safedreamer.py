@@ -315,11 +315,11 @@ GROUPS = (Experiment, Protocol, WorldModel, Behaviour, Constraint, Planner)
 PRESETS = {
     "paper": {},
     "laptop": dict(
-        num_envs=10, total_timesteps=300_000, eval_every=50_000, buffer_size=300_000, updates_per_step=0.25,
-        obs_transform="bins", deter=128, stoch=8, classes=16, units=128, enc_layers=2, channels=8, head_layers=1,
-        num_bins=63, bin_limit=8.0, reconstruction_coef=1.0, batch_size=8, window=32, model_lr=6e-4, horizon=10,
-        gamma=0.98, cost_gamma=0.95, behaviour_lr=3e-4, mu_init=1e-7, mu_growth=1e-4, plan_horizon=10, num_samples=64,
-        num_elites=8, iterations=4, pid_max=0.5),
+        num_envs=10, total_timesteps=300_000, eval_every=50_000, buffer_size=300_000, obs_transform="bins", deter=128,
+        stoch=8, classes=16, units=128, enc_layers=2, channels=8, head_layers=1, num_bins=63, bin_limit=8.0,
+        reconstruction_coef=1.0, batch_size=8, window=32, model_lr=6e-4, horizon=10, gamma=0.98, cost_gamma=0.95,
+        behaviour_lr=3e-4, mu_init=1e-7, mu_growth=1e-4, plan_horizon=10, num_samples=64, num_elites=8, iterations=4,
+        pid_max=0.5),
 }
 
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "results"
 FIGURES = ("fig3", "fig4", "fig6", "fig7", "fig8", "fig9")
 THREE = ("return", "cost", "cost_rate")  # for agents that never plan, or always
-LEARNING = {  # csv of learning curves: title, panels, names for people
+LEARNING = {  # csv of learning curves: title, panels, names for people of the runs to draw
     "laptop": ("The laptop preset", plot.PANELS[:4], {
         "laptop": "the preset", "larger planner": "the preset with twice the planner"}),
     **{f"laptop_{task}": ("With and without the multiplier", plot.PANELS[:4], {
@@ -36,7 +36,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people
         "larger planner with paper's cost discount": "twice the planner, paper's cost discount",
         "larger planner with symlog read-out": "twice the planner, symlog read-out",
         "larger planner with log lidar": "twice the planner, log lidar",
-        "larger planner with raw lidar": "twice the planner, raw lidar"}),
+        "larger planner with raw lidar": "twice the planner, raw lidar", **{
+            name: name for name in ("7 steps deep", "10 steps deep", "raw lidar", "paper's cost discount")}}),
     "laptop_controller": ("A controller in the place of the ramp", plot.PANELS[:4], {
         "laptop": "the ramp", "controller": "the controller"}),
     "laptop_default_lagrangian": ("The recipe before", plot.PANELS[:4], {
@@ -52,8 +53,9 @@ LEARNING = {  # csv of learning curves: title, panels, names for people
         "more_updates_smaller_planner": "an update per step, smaller planner", "plan_horizon_3": "plans of 3 steps"}),
     "tdmpc2_laptop": ("TD-MPC2", THREE, {"TD-MPC2 laptop": "laptop preset"}),
     "safedreamer_laptop": ("SafeDreamer", THREE, {
-        "laptop preset": "BSRP-Lag", "half the updates": "BSRP-Lag, half the updates", "osrp_lag": "OSRP-Lag",
-        "osrp_lag, pid-max 0.1": "OSRP-Lag, the paper's cap on λ"}),
+        "laptop_safedreamer": "BSRP-Lag", "laptop preset": "BSRP-Lag before, with half the updates",
+        "osrp_lag": "OSRP-Lag before, with half the updates",
+        "osrp_lag, pid-max 0.1": "the same with the paper's cap on λ"}),
     "cpo_25": ("CPO, cost limit 25", THREE, {
         "cpo_25": "2M steps, seed 2 on to 5M", "cpo_25_5M": "5M steps from scratch"}),
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "2M steps"}),
@@ -70,9 +72,14 @@ class Options:
     """pictures to draw and pages to give their table (default: all)"""
 
 
+def rows_of(name):
+    """The rows of the kept runs of other methods, and those of a csv."""
+    return plot.read_rows(RESULTS / "rivals") + plot.read_rows(RESULTS / f"{name}.csv")
+
+
 def two_cores(name):
     """A grid and its rows."""
-    return plot.read_rows(RESULTS / f"{name}_two_cores.csv"), read_grid(HERE / "grids" / f"{name}.yaml", "two_cores")
+    return rows_of(f"{name}_two_cores"), read_grid(HERE / "grids" / f"{name}.yaml", "two_cores")
 
 
 def million(name):
@@ -91,7 +98,7 @@ def draw_grid(name, path):
 def draw_learning(name, path):
     """Learning curves of an entry of LEARNING."""
     title, panels, labels = LEARNING[name]
-    rows = plot.read_rows(RESULTS / f"{name}.csv")
+    rows = [row for row in rows_of(name) if row["exp_name"] in labels]
     plot.draw(rows, plot.grid_of(rows, title, panels, labels), path, 25)
 
 
