@@ -1,4 +1,5 @@
-"""What the pages say of chance: each p is computed here from the committed csv, and must stand on its page."""
+"""What the pages say of chance: each p is computed here from the committed csv, and must stand on its page. So are the
+rows that a page has of kept runs without being a table of them."""
 import csv
 import re
 import sys
@@ -11,6 +12,8 @@ import scipy.stats
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+from budget import with_interval
+from kept import played, read_kept
 from plot import RESULTS, by_seed, read_rows
 
 TASK = "SafetyPointGoal1-v0"
@@ -109,3 +112,17 @@ def test_who_acts():
         found[task[6:-3]] = round(2 * scipy.stats.norm.sf(abs(both - policy) / np.hypot(spread, other) * 50**0.5), 2)
     assert {task: p for task, p in found.items() if p < 0.05} == {"PointGoal2": 0.02, "PointPush1": 0.01}
     assert says("latency", "on PointGoal2 (p = 0.02) and PointPush1 (p = 0.01) only")
+
+
+@pytest.mark.parametrize("page, folder, name, count, form", [
+    ("safedreamer", "rivals", "laptop_safedreamer", 2, "| {seed} | {return} | {cost} | {rate:.4f} |"),
+    ("safedreamer", "pilots", "sd_bsrp", 1, "| {seed} | {return} | {cost} | {rate:.4f} |"),
+    ("trials", "pilots", "ppo2_adam01", 1, "seed {seed}) acts sooner and gives up nearly all goals: {return} / {cost}"),
+])
+def test_kept_runs_stand_on_their_pages(page, folder, name, count, form):
+    runs = [run for run in read_kept(RESULTS / folder) if run.args["exp_name"] == name]
+    assert len(runs) == count
+    for run in runs:
+        told = {each: with_interval(played(run, run.last, each)) for each in ("return", "cost")}
+        rate = float(run.numbers[run.last]["charts/cost_rate"])
+        assert says(f"../{page}", form.format(seed=run.args["seed"], rate=rate, **told))
