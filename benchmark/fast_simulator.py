@@ -21,8 +21,8 @@ def lidar(task, positions):
     size, readings = turn / bins, [0.0] * bins
     places = np.zeros((len(positions := np.array(positions, ndmin=2)), 1, 3))
     places[:, 0, :2] = positions[:, :2]
-    ego = np.matmul(places - agent, mat)[:, 0]  # a product an object: one of all would round otherwise
-    z = ego[:, 0] + 1j * ego[:, 1]
+    ego = np.matmul(places - agent, mat)[:, 0, :2]  # a product an object: one of all would round otherwise
+    z = np.ascontiguousarray(ego).view(complex)[:, 0]
     for dist, angle in zip(np.abs(z).tolist(), (np.angle(z) % turn).tolist()):
         at = int(angle / size)
         near = np.exp(-conf.exp_gain * dist) if reach is None else max(0, reach - dist) / reach
