@@ -59,7 +59,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
     "cpo_25": ("CPO, cost limit 25", THREE, {
         "cpo_25": "2M steps, seed 2 on to 5M", "cpo_25_5M": "5M steps from scratch"}),
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "2M steps"}),
-    "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {"ppo_lagrangian_2": "2M steps"}),
+    "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
+        "ppo_lagrangian_2": "5M steps", "short_ppo_lagrangian_2": "2M steps, observations not clipped"}),
     "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
         "ppo_lagrangian_25": "2M steps", "ppo_lagrangian_25_5M": "5M steps"}),
 }
