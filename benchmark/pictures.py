@@ -100,7 +100,7 @@ def draw_learning(name, path):
     """Learning curves of an entry of LEARNING."""
     title, panels, labels = LEARNING[name]
     rows = [row for row in rows_of(name) if row["exp_name"] in labels]
-    plot.draw(rows, plot.grid_of(rows, title, panels, labels), path, 25)
+    plot.draw(rows, plot.grid_of(rows, title, panels, labels), path, 2 if name == "ppo_lagrangian_2" else 25)
 
 
 def training_costs():
