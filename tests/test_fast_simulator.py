@@ -63,10 +63,14 @@ def test_no_costs_would_be_missed():
 
 
 @pytest.mark.parametrize("x, inside", [([0.5, 1.0], True), ([0.5, 1.1], False), ([-0.1, 0.0], False),
-                                       ([np.nan, 0.5], False), ([0.5], False)])
-def test_an_observation_outside_its_space_is_found(x, inside):
-    box = gymnasium.spaces.Box(0.0, 1.0, (2,), np.float64)
-    assert fast_simulator.contains(box, np.array(x)) == inside == box.contains(np.array(x))
+                                       ([np.nan, 0.5], False), ([0.5], False), ([1, 0], True)])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, None])
+def test_an_observation_outside_its_space_is_found(x, inside, kind):
+    """Another type can be one that the space takes, or one it does not; a list is taken."""
+    x = x if kind is None else np.array(x, kind)
+    box, narrow = (gymnasium.spaces.Box(0.0, 1.0, (2,), bits) for bits in (np.float64, np.float32))
+    assert fast_simulator.contains(box, x) == inside == box.contains(x)
+    assert fast_simulator.contains(narrow, x) == narrow.contains(x)
 
 
 def test_a_script_is_run_as_it_is(tmp_path):
