@@ -1,4 +1,4 @@
-"""Runs a script on a simulator that gives the same numbers, to the last bit, in two thirds of the time.
+"""Runs a script on a simulator that gives the same numbers, to the last bit, in 0.7 of the time.
 
     python benchmark/fast_simulator.py baselines/ppo_lagrangian.py --env-id SafetyPointGoal1-v0
 
