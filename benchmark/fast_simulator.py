@@ -44,12 +44,14 @@ def distance(agent, position):
 
 def hazards_cost(hazards):
     """`Hazards.cal_cost`: depths of the robot's position inside of hazards, times the cost of each."""
+    if not hazards.is_constrained:
+        return {}
     cost, (x, y, _) = 0, hazards.agent.pos.tolist()
-    for u, v, _ in map(np.ndarray.tolist, hazards.pos if hazards.is_constrained else ()):
+    for u, v, _ in map(np.ndarray.tolist, hazards.pos):
         far = math.sqrt((u - x) * (u - x) + (v - y) * (v - y))
         if far <= hazards.size:
             cost += hazards.cost * (hazards.size - far)
-    return {"cost_hazards": cost} if hazards.is_constrained else {}
+    return {"cost_hazards": cost}
 
 
 def contains(box, x, plain=gymnasium.spaces.Box.contains):
