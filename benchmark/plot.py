@@ -309,8 +309,8 @@ def draw_tradeoff(rows, grid, path, printed):
             if all(theirs):
                 axis.plot(*([float(figures[0])] for figures in theirs), marker=marker, linestyle="none", color=color,
                           fillstyle="none", markersize=8.5, markeredgewidth=1.3, zorder=2)
-            step = max(last_step(rows, each, setting) for each in grid.tasks)
-            ran = f"{step:,} steps" if step else "not run"
+            steps = sorted({last_step(rows, each, setting) for each in grid.tasks} - {0}, reverse=True)
+            ran = " or ".join(f"{step:,}" for step in steps) + " steps" if steps else "not run"
             handles[f"{entry['label']}: {ran}"] = plt.Line2D([], [], **look, markersize=7)
         axis.axvline(25, color="black", linestyle="--", linewidth=1, zorder=1)
         axis.set_xscale("symlog", linthresh=1, linscale=0.4)

@@ -139,10 +139,13 @@ def drawn_by(monkeypatch, draw, *arguments):
 
 
 def test_tradeoffs(tmp_path, monkeypatch):
-    """A mark for each of two seeds, of three their mean too; hollow the paper's; none for what is not there."""
+    """A mark for each of two seeds, of three their mean too; hollow the paper's; none for what is not there. The legend
+    says all numbers of steps."""
     labels = {"full": "SPOWL", "absent": "CPO(25)", "other": "x"}
-    grid = GRID._replace(settings={name: GRID.settings[name] | {"label": label} for name, label in labels.items()})
-    rows = [*ROWS, row("other", 2, 100, 3.0, 6.0), row("other", 3, 100, 6.04, 3.0)]  # means 3.0 and 3.0
+    grid = GRID._replace(settings={name: GRID.settings[name] | {"label": label} for name, label in labels.items()},
+                         tasks=(*GRID.tasks, "SafetyCarGoal1-v0"))
+    rows = [*ROWS, row("other", 2, 100, 3.0, 6.0), row("other", 3, 100, 6.04, 3.0),  # means 3.0 and 3.0
+            row("full", 1, 60, 1.0, 1.0, env_id="SafetyCarGoal1-v0")]
     figure = drawn_by(monkeypatch, plot.draw_tradeoff, rows, grid, tmp_path / "p.png", plot.read_paper(PAPER))
     marks = [line for line in figure.axes[0].lines if line.get_linestyle() == "None" and len(line.get_xdata())]
     points = [[line.get_xydata().tolist() for line in marks if (line.get_fillstyle() == "none") == hollow]
@@ -151,7 +154,7 @@ def test_tradeoffs(tmp_path, monkeypatch):
     assert np.allclose(points[0][1], [[3.0, 3.0]]) and points[0][2] == [[0.0, -0.04], [6.0, 3.0], [3.0, 6.04]]
     assert len(points[0]) == 3 and points[1] == [[[1.5, 26.9]], [[31.0, 19.2]]]
     texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
-    assert texts == ["SPOWL: 100 steps", "CPO(25): not run", "x: 100 steps", "hollow: the paper's, 5,000,000 steps"]
+    assert texts == ["SPOWL: 100 or 60 steps", "CPO(25): not run", "x: 100 steps", "hollow: the paper's, 5,000,000 steps"]
 
 
 @pytest.mark.parametrize("seeds, thick, band", [(1, 0, 0), (2, 0, 0), (3, 1, 0), (4, 1, 0), (5, 1, 1)])
