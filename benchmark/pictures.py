@@ -63,7 +63,7 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "ppo_lagrangian_2": "5M steps", "short_ppo_lagrangian_2": "2M steps, observations not clipped"}),
     "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
         "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
-        "short_ppo_lagrangian_25": "2M steps, not clipped either"}),
+        "short_ppo_lagrangian_25": "2M steps, not clipped"}),
 }
 NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a trained agent makes of them"}
 

@@ -118,6 +118,7 @@ def test_who_acts():
     ("safedreamer", "rivals", "laptop_safedreamer", 2, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("safedreamer", "pilots", "sd_bsrp", 1, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("trials", "rivals", "ppo_lagrangian_2", 2, "{return} / {cost} (seed {seed})"),
+    ("trials", "rivals", "ppo_lagrangian_25", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "pilots", "ppo2_adam01", 1, "seed {seed}) acts sooner and gives up nearly all goals: {return} / {cost}"),
 ])
 def test_kept_runs_stand_on_their_pages(page, folder, name, count, form):
