@@ -16,8 +16,8 @@ STRETCHES = (60_000, 120_000, 180_000, 240_000, 300_000)  # where each ends; eve
 
 
 def run_name(args, step):
-    """What run it is: task, and the steps it had made; its flags may say less, if it was resumed."""
-    return f"{task_name(args['env_id'])}, {int(step):,} steps"
+    """What run it is: task, seed, and the steps it had made; its flags may say less, if it was resumed."""
+    return f"{task_name(args['env_id'])}, seed {args['seed']}, {int(step):,} steps"
 
 
 def share_of_episodes(costs):
@@ -66,7 +66,7 @@ def draw_episode_costs(folder, path):
         axis.grid(alpha=0.3, axis="y")
     for axis in axes.ravel()[len(runs):]:
         axis.axis("off")
-    for axis in axes[-1]:
+    for axis in axes.ravel()[:len(runs)][-2:]:  # the lowest of each column
         axis.set_xlabel("cost of an episode")
     for axis in axes[:, 0]:
         axis.set_ylabel("% of episodes")
