@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs" / "results"
 FIGURES = ("fig3", "fig4", "fig6", "fig7", "fig8", "fig9")
 THREE = ("return", "cost", "cost_rate")  # for agents that never plan, or always
-LEARNING = {  # csv of learning curves: title, panels, names for people of the runs to draw
+LEARNING = {  # csv of learning curves: title, panels, names for people of the runs to draw; a cost limit other than 25
     "laptop": ("The laptop preset", plot.PANELS[:4], {
         "laptop": "the preset", "larger planner": "the preset with twice the planner"}),
     **{f"laptop_{task}": ("With and without the multiplier", plot.PANELS[:4], {
@@ -60,7 +60,7 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "cpo_25": "2M steps, seed 2 on to 5M", "cpo_25_5M": "5M steps from scratch"}),
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "2M steps"}),
     "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
-        "ppo_lagrangian_2": "5M steps", "short_ppo_lagrangian_2": "2M steps, observations not clipped"}),
+        "ppo_lagrangian_2": "5M steps", "short_ppo_lagrangian_2": "2M steps, observations not clipped"}, 2),
     "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
         "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
         "short_ppo_lagrangian_25": "2M steps, not clipped"}),
@@ -99,9 +99,9 @@ def draw_grid(name, path):
 
 def draw_learning(name, path):
     """Learning curves of an entry of LEARNING."""
-    title, panels, labels = LEARNING[name]
+    title, panels, labels, limit = (*LEARNING[name], 25)[:4]
     rows = [row for row in rows_of(name) if row["exp_name"] in labels]
-    plot.draw(rows, plot.grid_of(rows, title, panels, labels), path, 2 if name == "ppo_lagrangian_2" else 25)
+    plot.draw(rows, plot.grid_of(rows, title, panels, labels), path, limit)
 
 
 def training_costs():
