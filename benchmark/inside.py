@@ -6,18 +6,22 @@ them."""
 import matplotlib.pyplot as plt
 import numpy as np
 from budget import with_interval
-from kept import played, read_kept
+from kept import played
 from plot import (CELLS, LIMIT, STYLE, WIDTH, algorithm, by_rule, last_values, markdown, save, step_axis, step_text,
                   task_name)
 
 EDGES = (0, 1, 5, 10, 25, 50, np.inf)
 BINS = ("0", "1 to 4", "5 to 9", "10 to 24", "25 to 49", "50 up")
+SHADES = ("tab:blue", "#7fb3d9", "#c3dcef")  # of a task's runs, three at most
+LINES = ("-", "--", ":")
 STRETCHES = (60_000, 120_000, 180_000, 240_000, 300_000)  # where each ends; every run was evaluated there
 
 
-def run_name(args, step):
-    """What run it is: task, seed, and the steps it had made; its flags may say less, if it was resumed."""
-    return f"{task_name(args['env_id'])}, seed {args['seed']}, {int(step):,} steps"
+def by_task(runs):
+    """{task: its runs, in the order of their seeds}, tasks in the order in which they come."""
+    tasks = dict.fromkeys(run.args["env_id"] for run in runs)
+    return {task: sorted((run for run in runs if run.args["env_id"] == task), key=lambda run: run.args["seed"])
+            for task in tasks}
 
 
 def share_of_episodes(costs):
@@ -48,58 +52,63 @@ def table_of_kept(runs, grid, before, grid_before, printed):
 
 
 @plt.rc_context(STYLE)
-def draw_episode_costs(folder, path):
-    """How many episodes of the last evaluation cost how much, a panel per kept run."""
-    runs = read_kept(folder)
-    lines = -(-len(runs) // 2)
-    figure, axes = plt.subplots(lines, 2, figsize=(WIDTH, 0.5 + 2.1 * lines), squeeze=False, sharey=True,
+def draw_episode_costs(runs, path):
+    """How many episodes of the last evaluation cost how much: a panel per task, bars of one shade per run."""
+    tasks = by_task(runs)
+    lines = -(-len(tasks) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(WIDTH, 0.5 + 2.3 * lines), squeeze=False, sharey=True,
                                 layout="constrained")
-    for axis, run in zip(axes.ravel(), runs):
-        costs = played(run, run.last, "cost")
-        bars = axis.bar(BINS, share_of_episodes(costs), color="tab:blue", width=0.85)
-        axis.bar_label(bars, fmt="{:.0f}%", fontsize=7.5)
-        axis.axvline(3.5, color="black", linestyle="--", linewidth=1)
-        axis.set_title(f"{run_name(run.args, run.last)}: mean {np.mean(costs):.1f}")
-        axis.text(0.98, 0.93, f"{len(costs)} episodes\nworst {max(costs):g}", transform=axis.transAxes, ha="right",
-                  va="top")
-        axis.set_ylim(0, 112)
+    for axis, (task, seeds) in zip(axes.ravel(), tasks.items()):
+        width = 0.85 / len(seeds)
+        for number, run in enumerate(seeds):
+            costs = played(run, run.last, "cost")
+            bars = axis.bar(np.arange(len(BINS)) + (number + 0.5) * width - 0.425, share_of_episodes(costs), width,
+                            color=SHADES[number], label=f"seed {run.args['seed']}: mean {np.mean(costs):.1f}, worst "
+                            f"{max(costs):g}, {len(costs)} episodes")
+            axis.bar_label(bars, fmt="{:.0f}", fontsize=7)
+        axis.axvline(3.5, ymax=0.75, color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{task_name(task)}, {run.last:,} steps")
+        axis.set(ylim=(0, 112), xlabel="cost of an episode")
+        axis.set_xticks(range(len(BINS)), BINS)
         axis.grid(alpha=0.3, axis="y")
-    for axis in axes.ravel()[len(runs):]:
+        axis.legend(loc="upper right")
+    for axis in axes.ravel()[len(tasks):]:
         axis.axis("off")
-    for axis in axes.ravel()[:len(runs)][-2:]:  # the lowest of each column
-        axis.set_xlabel("cost of an episode")
     for axis in axes[:, 0]:
         axis.set_ylabel("% of episodes")
-    save(figure, path, f"Each panel: the last evaluation of one run, one seed. A step inside a hazard costs 1. {LIMIT}")
+    save(figure, path, f"Each run's last evaluation. A step inside a hazard costs 1. {LIMIT}")
 
 
 @plt.rc_context(STYLE)
-def draw_multiplier_and_critic(folder, path):
-    """Over each kept run: the multiplier, and the cost critic's value read beside the cost that followed."""
-    runs = read_kept(folder)
-    figure, axes = plt.subplots(3, len(runs), figsize=(WIDTH, 6.6), squeeze=False, sharey="row", layout="constrained")
-    for column, run in zip(axes.T, runs):
-        numbers = list(run.numbers.values())
-        curve = lambda tag: zip(*((int(row["step"]), float(row[tag])) for row in numbers if row[tag]))
+def draw_multiplier_and_critic(runs, path):
+    """Over runs: the multiplier, and the cost critic's value read beside the cost that followed; a column per task."""
+    tasks = by_task(runs)
+    figure, axes = plt.subplots(3, len(tasks), figsize=(WIDTH, 6.6), squeeze=False, sharey="row", layout="constrained")
+    for column, (task, seeds) in zip(axes.T, tasks.items()):
         top, *below = column
-        top.plot(*curve("lagrangian/lambda"), color="black", marker=".", markersize=4, linewidth=0.8)
-        for axis, where in zip(below, ("before_1", "outside")):
-            for what, label, color, marker in (("followed", "discounted cost that followed", "tab:orange", "s"),
-                                               ("read", "Qᶜ read there", "tab:blue", "o")):
-                axis.plot(*curve(f"critic/{what}_{where}"), color=color, marker=marker, markersize=3.5, linewidth=0.8,
-                          label=label)
-        top.set_title(run_name(run.args, numbers[-1]["step"]), fontweight="bold")
+        for run, line in zip(seeds, LINES[:len(seeds)], strict=True):
+            curve = lambda tag: zip(*((step, float(row[tag])) for step, row in run.numbers.items() if row[tag]))
+            look = {"linestyle": line, "linewidth": 0.9}
+            top.plot(*curve("lagrangian/lambda"), color="black", marker=".", markersize=4, **look,
+                     label=f"seed {run.args['seed']}")
+            for axis, where in zip(below, ("before_1", "outside")):
+                for what, label, color, marker in (("followed", "discounted cost that followed", "tab:orange", "s"),
+                                                   ("read", "Qᶜ read there", "tab:blue", "o")):
+                    axis.plot(*curve(f"critic/{what}_{where}"), color=color, marker=marker, markersize=3, **look,
+                              label=label if run is seeds[0] else None)
+        top.set_title(task_name(task), fontweight="bold")
+        top.legend(loc="lower right")
         for axis in column:
-            step_axis(axis, 0, int(numbers[-1]["step"]), False)
-            axis.set_ylim(0, None)
+            step_axis(axis, 0, run.last, False)
         column[-1].set_xlabel("simulator steps")
     for axis, label in zip(axes[:, 0], ("multiplier λ", "one agent step\nbefore a hazard is entered",
                                         "agent steps that\nbegin outside hazards")):
         axis.set_ylabel(label)
-    axes[1, 0].legend(loc="upper right")
+        axis.set_ylim(0, None)
+    axes[1, -1].legend(loc="upper right")
     save(figure, path, "Each line: one seed. Each mark: an evaluation of 10 episodes; none where no hazard was entered."
-         " A critic that is right has both lines in one place. The agent enters what it overlooks: there Qᶜ reads too "
-         "little.")
+         " A critic that is right has blue and orange in one place. The agent enters what it overlooks: there Qᶜ reads "
+         "too little.")
 
 
 def costs_by_stretch(totals):

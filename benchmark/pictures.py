@@ -92,6 +92,13 @@ def million(name):
     return rows, grid._replace(title=f"{grid.title}: a million steps", tasks=tasks)
 
 
+def spowl_million():
+    """SPOWL's runs of a million steps, in the order of Table 1's tasks."""
+    tasks = million("table1")[1].tasks
+    runs = [run for run in read_kept(RESULTS / "million") if run.args["exp_name"] == "spowl"]
+    return sorted(runs, key=lambda run: tasks.index(run.args["env_id"]))
+
+
 def draw_grid(name, path):
     """Learning curves of a grid."""
     plot.draw(*two_cores(name), path, 25)
@@ -128,8 +135,8 @@ PICTURES = {  # file: what draws it to a path
     "table1_two_cores_tradeoff.png": lambda path: plot.draw_tradeoff(*two_cores("table1"), path, paper()),
     "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
     "million.png": lambda path: plot.draw(*million("table1"), path, 25),
-    "episode_costs.png": partial(inside.draw_episode_costs, RESULTS / "million"),
-    "lambda_and_critic.png": partial(inside.draw_multiplier_and_critic, RESULTS / "million"),
+    "episode_costs.png": lambda path: inside.draw_episode_costs(spowl_million(), path),
+    "lambda_and_critic.png": lambda path: inside.draw_multiplier_and_critic(spowl_million(), path),
     "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),
     "latency.png": partial(latency.draw, RESULTS / "latency.csv"),
     "speed_two_cores.png": lambda path: speed.draw(speed.read_rows(RESULTS / "speed_two_cores.csv"), path),

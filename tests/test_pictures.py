@@ -74,6 +74,17 @@ def test_share_of_episodes():
     assert inside.share_of_episodes(costs).tolist() == [25, 12.5, 25, 0, 12.5, 25]
 
 
+def test_a_tasks_runs_stand_together():
+    """SPOWL's of a million steps: tasks as in Table 1, seeds in order, no other system's."""
+    runs = pictures.spowl_million()
+    groups = inside.by_task(runs)
+    order = [task for task in pictures.two_cores("table1")[1].tasks if task in groups]
+    assert list(groups) == order and sum(map(len, groups.values())) == len(runs)
+    assert {run.args["exp_name"] for run in runs} == {"spowl"}
+    seeds = {task: [run.args["seed"] for run in group] for task, group in inside.by_task(runs[::-1]).items()}
+    assert seeds["SafetyPointGoal1-v0"][:2] == [1, 2]
+
+
 def test_costs_by_stretch():
     """What was paid between the ends of stretches; other evaluations do not matter."""
     totals = {20_000: 9.0, 60_000: 10.0, 120_000: 13.0, 180_000: 15.0, 240_000: 15.0, 300_000: 19.0}
