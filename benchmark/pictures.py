@@ -57,7 +57,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "osrp_lag": "OSRP-Lag before, with half the updates",
         "osrp_lag, pid-max 0.1": "the same with the paper's cap on λ"}),
     "cpo_25": ("CPO, cost limit 25", THREE, {
-        "cpo_25": "2M steps, seed 2 on to 5M", "cpo_25_5M": "5M steps from scratch"}),
+        "cpo_25": "5M steps", "cpo_25_5M": "5M steps, observations not clipped",
+        "short_cpo_25": "2M steps, one on to 5M, not clipped"}),
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "2M steps"}),
     "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
         "ppo_lagrangian_2": "5M steps", "short_ppo_lagrangian_2": "2M steps, observations not clipped"}, 2),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 from budget import with_interval
-from kept import played, read_kept
+from kept import played, read_kept, table
 from plot import RESULTS, by_seed, read_rows
 
 TASK = "SafetyPointGoal1-v0"
@@ -114,11 +114,40 @@ def test_who_acts():
     assert says("latency", "on PointGoal2 (p = 0.02) and PointPush1 (p = 0.01) only")
 
 
+def test_by_the_mean_or_drawn():
+    """Methods without a model: the table of both, and what is said of the four agents with a limit of 25."""
+    by_mean, by_drawing, differences = [], [], []
+    for name, label in (("cpo_25", "CPO(25)"), ("ppo_lagrangian_25", "PPOLag(25)"), ("ppo_lagrangian_2", "PPOLag(2)")):
+        for run in (run for run in read_kept(RESULTS / "rivals") if run.args["exp_name"] == name):
+            drawn = table(RESULTS / "rivals" / f"{TASK}__{name}__{run.args['seed']}_drawn.csv")
+            assert [row["environment"] for row in drawn] == [row["environment"] for row in run.evaluations[run.last]]
+            told, costs = [], []
+            for rows in (run.evaluations[run.last], drawn):
+                columns = [np.array([float(row[column]) for row in rows]) for column in ("return", "cost")]
+                told.append(" / ".join(map(with_interval, columns)))
+                costs.append(columns[1])
+            assert says("../trials", f"| {label} | {run.args['seed']} | {told[0]} | {told[1]} |")
+            if name != "ppo_lagrangian_2":
+                by_mean.append(costs[0])
+                by_drawing.append(costs[1])
+                differences.append(costs[0] - costs[1])
+    assert np.shape(differences) == (4, 100)
+    z = np.mean(differences) / np.sqrt(np.mean(np.var(differences, axis=1, ddof=1)) / 400)
+    assert (round(z, 1), round(2 * scipy.stats.norm.sf(z), 3)) == (2.6, 0.008)
+    assert (round(np.mean(by_drawing), 1), round(np.mean(by_mean), 1)) == (26.0, 35.4)
+    assert (np.sum(np.greater(by_mean, 100)), np.max(by_mean)) == (15, 761)
+    assert (np.sum(np.greater(by_drawing, 100)), np.max(by_drawing)) == (8, 341)
+    assert says(
+        "../trials", "they cost 26.0 over the 400 episodes of four agents, by the mean 35.4 (paired by episode "
+        "z = 2.6, p = 0.008)", "by the mean 15 of limit 25's 400 cost over 100, the worst 761; drawn 8, the worst 341")
+
+
 @pytest.mark.parametrize("page, folder, name, count, form", [
     ("safedreamer", "rivals", "laptop_safedreamer", 2, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("safedreamer", "pilots", "sd_bsrp", 1, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("trials", "rivals", "ppo_lagrangian_2", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_25", 2, "{return} / {cost} (seed {seed})"),
+    ("trials", "rivals", "cpo_25", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "pilots", "ppo2_adam01", 1, "seed {seed}) acts sooner and gives up nearly all goals: {return} / {cost}"),
 ])
 def test_kept_runs_stand_on_their_pages(page, folder, name, count, form):

@@ -1,9 +1,10 @@
-"""probe/cost_probe.py, blind.py and pretrained.py, on a run directory made by hand and on a task."""
+"""probe/cost_probe.py, blind.py, pretrained.py and drawn.py, on a run directory made by hand and on a task."""
 import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from conftest import leaves_equal, random_agent, saved_run, small_args
 
 import spowl_continuous as spowl
-from probe import cost_probe, pretrained
+from probe import cost_probe, drawn, pretrained
 from spowl_continuous import Transition
 
 ARGS = small_args(num_envs=4, buffer_size=200, obs_transform="log", preset="laptop")  # 50 rows of 4 environments
@@ -199,6 +200,24 @@ def test_pretrained_keeps_what_evaluation_needs(run, tmp_path):
         spowl.load_checkpoint(tmp_path / "kept", {"agent": run[1], "buffer": spowl.init_buffer(ARGS, 3, 2)})
     with pytest.raises(SystemExit, match="is there already"):
         pretrained.main(pretrained.Options(run[0], tmp_path / "kept"))
+
+
+def test_actions_are_drawn_in_a_baselines_evaluation(run):
+    """A script whose episodes are what it acted with: drawn while it is judged, its own again afterwards."""
+    script = SimpleNamespace(
+        parse_args=lambda argv: SimpleNamespace(num_envs=20, argv=argv), fresh=lambda args, sizes, key: {"agent": 0.0},
+        start_envs=lambda args, stream, count: (lambda what: None, count, 2), act=lambda *inputs: inputs[-1],
+        load_checkpoint=lambda directory, trees: ({"agent": directory}, {"step": 7}),
+        evaluate=lambda args, agent, ask: ([args.argv, agent, script.act(args, agent, 0, 0, 0, False)], []))
+    (argv, agent, explored), step = drawn.play_drawn(script, "somewhere", 3)
+    assert argv == ["--evaluate", "somewhere", "--eval-episodes", "3"] and agent == "somewhere" and step == 7
+    assert explored is True and script.act(0, 0, 0, 0, 0, False) is False
+    with pytest.raises(SystemExit, match="is of spowl_continuous.py; only ppo_lagrangian, cpo, cvpo"):
+        drawn.main(drawn.Options(run[0], run[0]))
+    with pytest.raises(SystemExit, match="is not a run: "):
+        drawn.main(drawn.Options(run[0] / "nothing", run[0]))
+    with pytest.raises(SystemExit, match="--episodes must be at least 1"):
+        drawn.main(drawn.Options(run[0], run[0], episodes=0))
 
 
 KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/*/args.json"))
