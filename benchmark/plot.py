@@ -211,8 +211,8 @@ def step_axis(axis, first, last, spread):
     """Simulator steps from first to last; logarithmic where short runs stand beside long ones."""
     if spread:
         axis.set_xscale("log")
-        axis.set_xticks([step for step in (3e4, 1e5, 3e5, 1e6, 3e6) if first <= step <= last])
-        axis.minorticks_off()
+        axis.set_xticks([step for step in (1e4, 1e5, 1e6, 1e7) if first <= step <= last])
+        axis.xaxis.set_minor_formatter("")  # their ticks alone: names of 2, 3, ... would run into each other
         axis.set_xlim(first / 1.2, last * 1.2)
     else:
         axis.set_xlim(0, 1.03 * last)
