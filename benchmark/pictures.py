@@ -61,7 +61,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "short_cpo_25": "2M steps, one on to 5M, not clipped"}),
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "2M steps"}),
     "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
-        "ppo_lagrangian_2": "5M steps", "short_ppo_lagrangian_2": "2M steps, observations not clipped"}, 2),
+        "ppo_lagrangian_2": "5M steps", "ppo_lagrangian_2_fast": "5M steps, a multiplier three times as fast",
+        "short_ppo_lagrangian_2": "2M steps, observations not clipped"}, 2),
     "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
         "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
         "short_ppo_lagrangian_25": "2M steps, not clipped"}),

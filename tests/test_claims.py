@@ -148,7 +148,8 @@ def test_by_the_mean_or_drawn():
     ("trials", "rivals", "ppo_lagrangian_2", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_25", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cpo_25", 2, "{return} / {cost} (seed {seed})"),
-    ("trials", "pilots", "ppo2_adam01", 1, "seed {seed}) acts sooner and gives up nearly all goals: {return} / {cost}"),
+    ("trials", "pilots", "ppo2_adam01", 1, "{return} / {cost} (seed {seed})"),
+    ("trials", "rivals", "ppo_lagrangian_2_fast", 1, "{return} / {cost} (seed {seed})"),
 ])
 def test_kept_runs_stand_on_their_pages(page, folder, name, count, form):
     runs = [run for run in read_kept(RESULTS / folder) if run.args["exp_name"] == name]
