@@ -6,6 +6,7 @@ For the baselines without a model, whose evaluations play the mean. The episodes
 gets a row for each, beside what benchmark/keep.py keeps of the run."""
 
 import contextlib
+import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -32,14 +33,13 @@ class Options:
 
 def play_drawn(script, run, count):
     """`count` episodes of a run's newest checkpoint, as `script.evaluate` gives them, and its step."""
-    args = script.parse_args(["--evaluate", str(run), "--eval-episodes", str(count)])
+    args, act = script.parse_args(["--evaluate", str(run), "--eval-episodes", str(count)]), script.act
     drawn = lambda args, agent, actor, obs, is_first, explore: act(args, agent, actor, obs, is_first, True)
     with contextlib.ExitStack() as stack:
         ask, *sizes = script.start_envs(args, 1, min(args.num_envs, count))
         stack.callback(ask, "close")
         shapes = jax.eval_shape(partial(script.fresh, args, sizes), jax.random.key(0))
         trees, counters = script.load_checkpoint(run, {"agent": shapes["agent"]})
-        act = script.act
         with mock.patch.object(script, "act", drawn):
             episodes, _ = script.evaluate(args, trees["agent"], ask)
     return episodes, counters["step"]
@@ -53,14 +53,15 @@ def main(options):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{options.run} is not a run: {error}")
     if name not in SCRIPTS:
-        raise SystemExit(f"{options.run} is of {name}.py; only {', '.join(SCRIPTS)} are judged by their mean")
+        raise SystemExit(f"{options.run} is of {name}.py; only {', '.join(SCRIPTS)} are judged here")
     script = import_module(name)
     episodes, step = play_drawn(script, options.run, options.episodes)
     rows = [["drawn", step, each["environment"], f"{each['return']:.3f}", f"{each['cost']:g}", each["length"]]
             for each in episodes]
     options.to.mkdir(parents=True, exist_ok=True)
     path = options.to / f"{options.run.resolve().name.rpartition('__')[0]}_drawn.csv"
-    script.write_csv(path, script.COLUMNS, rows)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([script.COLUMNS, *rows])
     print(path)
 
 
