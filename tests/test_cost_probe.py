@@ -220,6 +220,18 @@ def test_actions_are_drawn_in_a_baselines_evaluation(run):
         drawn.main(drawn.Options(run[0], run[0], episodes=0))
 
 
+def test_drawn_episodes_are_written_as_kept_ones_are(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "Task-v0__name__3__123"
+    directory.mkdir()
+    (directory / "args.json").write_text('{"script": "cpo"}')
+    played = [{"environment": 0, "return": 1.23456, "cost": 7.0, "length": 1000, "balance": 0.0}]
+    monkeypatch.setattr(drawn, "play_drawn", lambda script, run, count: (played * count, 50))
+    drawn.main(drawn.Options(directory, tmp_path / "kept", episodes=2))
+    path = tmp_path / "kept" / "Task-v0__name__3_drawn.csv"
+    assert path.read_bytes() == b"split,step,environment,return,cost,length\n" + 2 * b"drawn,50,0,1.235,7,1000\n"
+    assert capsys.readouterr().out == f"{path}\n"
+
+
 KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/*/args.json"))
 
 
