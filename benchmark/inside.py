@@ -99,7 +99,7 @@ def draw_multiplier_and_critic(runs, path):
         top.set_title(task_name(task), fontweight="bold")
         top.legend(loc="lower right")
         for axis in column:
-            step_axis(axis, 0, run.last, False)
+            step_axis(axis, 0, max(run.last for run in seeds), False)
         column[-1].set_xlabel("simulator steps")
     for axis, label in zip(axes[:, 0], ("multiplier λ", "one agent step\nbefore a hazard is entered",
                                         "agent steps that\nbegin outside hazards")):

@@ -29,6 +29,7 @@ class Options:
     to: Path
     """directory for the csv file"""
     episodes: int = 100
+    """episodes to play"""
 
 
 def play_drawn(script, run, count):
@@ -54,11 +55,11 @@ def main(options):
         raise SystemExit(f"{options.run} is not a run: {error}")
     if name not in SCRIPTS:
         raise SystemExit(f"{options.run} is of {name}.py; only {', '.join(SCRIPTS)} are judged here")
+    options.to.mkdir(parents=True, exist_ok=True)
     script = import_module(name)
     episodes, step = play_drawn(script, options.run, options.episodes)
     rows = [["drawn", step, each["environment"], f"{each['return']:.3f}", f"{each['cost']:g}", each["length"]]
             for each in episodes]
-    options.to.mkdir(parents=True, exist_ok=True)
     path = options.to / f"{options.run.resolve().name.rpartition('__')[0]}_drawn.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([script.COLUMNS, *rows])
