@@ -323,11 +323,12 @@ def init_mlp(key, sizes, action_dim=0):
 
 def mlp(layers, x, action=None):
     """(..., in), (..., A) -> (..., out): Linear, ReLU, ..., Linear. Leading axes that only the action has are joined
-    after the first product: states are multiplied once, whatever the number of their actions."""
+    after the first product: states are multiplied once, whatever the number of their actions. An action's few entries
+    are added one after another: a CPU is slow at a product that thin."""
     first, *others = layers
     x = x @ first["w"] + first["b"]
     if action is not None:
-        x = x + action @ first["w_action"]
+        x = x + sum(action[..., i, None] * w for i, w in enumerate(first["w_action"]))
     for layer in others:
         x = jax.nn.relu(x) @ layer["w"] + layer["b"]
     return x
@@ -602,7 +603,8 @@ def update(args, agent, batch, key):
 
     old = gaussian(args, agent.old_policy, obs)
     actions = old[0] + old[1] * jax.random.normal(key_actions, (args.num_samples, *old[0].shape))
-    q, qc = (q_value(critics[name], obs, actions) for name in ("q", "qc"))
+    read = lambda action: [q_value(critics[name], obs, action) for name in ("q", "qc")]
+    q, qc = jax.lax.map(read, actions, batch_size=4)  # as many as fit a CPU's cache
     dual, dual_opt, weights, e_metrics = e_step(args, agent.dual, agent.dual_opt, q, qc)
 
     policy_grads, (alpha, alpha_opt, m_metrics) = jax.grad(policy_loss, has_aux=True)(
