@@ -17,9 +17,10 @@ import plot
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_a_committed_picture_is_what_the_command_draws(name, tmp_path):
-    """To the pixel."""
+    """To the pixel, but for one shade of 256 where processors round differently."""
     pictures.PICTURES[name](tmp_path / name)
-    assert np.array_equal(plt.imread(tmp_path / name), plt.imread(plot.RESULTS / name))
+    drawn, committed = plt.imread(tmp_path / name), plt.imread(plot.RESULTS / name)
+    assert drawn.shape == committed.shape and np.abs(drawn - committed).max() < 1.5 / 255
 
 
 def test_no_picture_has_another_source():
