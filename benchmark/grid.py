@@ -8,7 +8,7 @@ plot.py, which draws them.
       two_cores: {seeds: [1, 2, 3], flags: {preset: laptop}}            # its own tasks, if they differ
     settings:
       local_1: {label: local 1, script: spowl_fixed_threshold.py, flags: {plan-cost-score: local, plan-threshold: 1},
-                scales: [two_cores]}                                    # left out: every scale"""
+                scales: [two_cores], tasks: [SafetyPointGoal1-v0]}      # left out: every scale, every task"""
 
 from typing import NamedTuple
 
@@ -26,6 +26,11 @@ class Grid(NamedTuple):
     seeds: tuple
     flags: dict  # of all runs
     settings: dict  # name -> {label, script, flags}
+
+
+def settings_on(grid, task):
+    """The settings that are run on a task: those that name it, or no tasks at all."""
+    return {name: entry for name, entry in grid.settings.items() if task in entry.get("tasks", (task,))}
 
 
 def require(holds, message):
@@ -83,10 +88,11 @@ def read_grid(path, scale):
         check_list(f"{path}: scale {name}: seeds", entry["seeds"], int)
         check_list(f"{path}: scale {name}: tasks", entry.setdefault("tasks", grid["tasks"]), str)
     for name, entry in settings.items():
-        check_mapping(f"{path}: setting {name}", entry, ("label", "script"), ("flags", "scales"))
+        check_mapping(f"{path}: setting {name}", entry, ("label", "script"), ("flags", "scales", "tasks"))
         entry["flags"] = read_flags(f"{path}: setting {name}", entry)
         require(isinstance(entry["script"], str), f"{path}: setting {name}: script must be a path")
         check_list(f"{path}: setting {name}: scales", entry.setdefault("scales", list(scales)), str, list(scales))
+        check_list(f"{path}: setting {name}: tasks", entry.get("tasks", grid["tasks"]), str, grid["tasks"])
     require(scale in scales, f"--scale {scale}: {path} has {', '.join(scales)}")
     chosen = scales[scale]
     settings = {name: entry | {"label": str(entry["label"])} for name, entry in settings.items()

@@ -51,6 +51,22 @@ def table_of_kept(runs, grid, before, grid_before, printed):
     return markdown(head, lines) + f"\nIn brackets: 95% intervals of means over episodes. At 300,000 steps: {CELLS}\n"
 
 
+def table_of_rivals(runs, labels):
+    """A line per kept run of a method without a model, in the order of `labels` ({name, but for _bins: method}): its
+    last evaluation by the policy's mean, and the same episodes with actions drawn."""
+    lines, names = [], list(labels)
+    method = lambda run: run.args["exp_name"].removesuffix("_bins")
+    told = lambda episodes: [with_interval(np.array([float(row[name]) for row in episodes])) if episodes else "—"
+                             for name in ("return", "cost")]
+    for run in sorted((run for run in runs if method(run) in labels), key=lambda run: (
+            names.index(method(run)), run.args["obs_transform"] == "bins", run.args["seed"])):
+        rate = 1e4 * float(run.numbers[run.last]["charts/cost_rate"])
+        lines.append([labels[method(run)], run.args["obs_transform"], str(run.args["seed"]),
+                      *told(run.evaluations[run.last]), *told(run.drawn), f"{rate:.0f}"])
+    head = ["", "sees", "seed", "return", "cost", "return, drawn", "cost, drawn", "training cost rate ×10⁴"]
+    return markdown(head, lines) + "\nIn brackets: 95% intervals of means over 100 episodes.\n"
+
+
 @plt.rc_context(STYLE)
 def draw_episode_costs(runs, path):
     """How many episodes of the last evaluation cost how much: a panel per task, bars of one shade per run."""

@@ -15,6 +15,7 @@ class Kept(NamedTuple):
     evaluations: dict  # {step: episodes}, oldest first; what --evaluate played stands for the one at its step
     last: int  # step of what --evaluate played, or of the last evaluation
     numbers: dict  # {step: {tag: text, "" where nothing was logged}}
+    drawn: list  # episodes that probe/drawn.py played, none if it was not asked
 
 
 def table(path):
@@ -35,7 +36,9 @@ def read_kept(folder):
         numbers = {int(row["step"]): row for row in table(folder / f"{stem}_numbers.csv")}
         if lacking := sorted(set(evaluations) - set(numbers)):
             raise SystemExit(f"{stem} was judged at step {lacking[0]}, at which training evaluated nothing")
-        found.append(Kept(json.loads(path.read_text())["args"], evaluations, int(episodes[-1]["step"]), numbers))
+        drawn = folder / f"{stem}_drawn.csv"
+        found.append(Kept(json.loads(path.read_text())["args"], evaluations, int(episodes[-1]["step"]), numbers,
+                          table(drawn) if drawn.exists() else []))
     return found
 
 

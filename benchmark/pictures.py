@@ -67,6 +67,9 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
         "short_ppo_lagrangian_25": "2M steps, not clipped"}),
 }
+RIVALS = {  # methods without a model: names of runs, but for "_bins" at the end
+    "ppo_lagrangian_25": "PPOLag(25)", "cpo_25": "CPO(25)", "cvpo_25": "CVPO(25)",
+    "ppo_lagrangian_2": "PPOLag(2)", "ppo_lagrangian_2_fast": "PPOLag(2), faster multiplier"}
 NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a trained agent makes of them"}
 
 
@@ -99,6 +102,20 @@ def spowl_million():
     tasks = million("table1")[1].tasks
     runs = [run for run in read_kept(RESULTS / "million") if run.args["exp_name"] == "spowl"]
     return sorted(runs, key=lambda run: tasks.index(run.args["env_id"]))
+
+
+def rivals():
+    """Methods without a model on PointGoal1: rows and grid in which a method stands for a task, what it sees for a
+    setting; those that have seen both."""
+    rows, both = [], {}
+    for row in plot.read_rows(RESULTS / "rivals"):
+        name, bins, _ = row["exp_name"].partition("_bins")
+        if name in RIVALS:
+            rows.append(row | {"env_id": RIVALS[name], "exp_name": "bins" if bins else "raw"})
+            both.setdefault(RIVALS[name], set()).add(bool(bins))
+    methods = tuple(method for method in RIVALS.values() if len(both.get(method, ())) == 2)
+    return rows, plot.grid_of(rows, "What a method sees: PointGoal1", THREE, {
+        "raw": "raw lidar", "bins": "bins, as SPOWL"})._replace(tasks=methods)
 
 
 def draw_grid(name, path):
@@ -137,6 +154,7 @@ PICTURES = {  # file: what draws it to a path
     "table1_two_cores_tradeoff.png": lambda path: plot.draw_tradeoff(*two_cores("table1"), path, paper()),
     "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
     "million.png": lambda path: plot.draw(*million("table1"), path, 25),
+    "rivals.png": lambda path: plot.draw(*rivals(), path, 25),
     "episode_costs.png": lambda path: inside.draw_episode_costs(spowl_million(), path),
     "lambda_and_critic.png": lambda path: inside.draw_multiplier_and_critic(spowl_million(), path),
     "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),
@@ -148,6 +166,7 @@ TABLES = {  # page: what gives the text between its markers, which are named aft
     "table1.md": lambda: plot.table_beside_paper(*two_cores("table1"), paper()),
     "million.md": lambda: inside.table_of_kept(
         read_kept(RESULTS / "million"), million("table1")[1], *two_cores("table1"), paper()),
+    "rivals.md": lambda: inside.table_of_rivals(read_kept(RESULTS / "rivals"), RIVALS),
     "budget.md": lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget")),
 }
 

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 import tyro
-from grid import PANELS, Grid, read_grid
+from grid import PANELS, Grid, read_grid, settings_on
 from kept import rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -249,8 +249,8 @@ def draw(rows, grid, path, cost_line):
 
 def draw_task(axes, rows, grid, task, cost_line):
     """A task's panels."""
-    drawn = [row["step"] for row in rows if row["exp_name"] in grid.settings]
-    ends = {last_step(rows, where, setting) for where in grid.tasks for setting in grid.settings} - {0}
+    drawn = [row["step"] for row in rows if row["exp_name"] in grid.settings and row["env_id"] == task]
+    ends = {last_step(rows, task, setting) for setting in grid.settings} - {0}
     for name, axis in zip(grid.panels, axes):
         for color, (setting, entry) in zip(itertools.cycle(COLORS), grid.settings.items()):
             episodes = by_seed(rows, task, setting, "episodes") if name in ("return", "cost") else {}
@@ -290,12 +290,13 @@ def draw_setting(axis, seeds, color, label, episodes):
 
 @plt.rc_context(STYLE)
 def draw_tradeoff(rows, grid, path, printed):
-    """Return against cost at the end, a panel per task: ours filled, the paper's hollow."""
+    """Return against cost at the end, a panel per task: ours filled, the paper's hollow, once per system."""
     lines = max(2, math.ceil((len(grid.tasks) + 4) / 3))  # the first task's panel takes four places, the legend one
     figure = plt.figure(layout="constrained", figsize=(WIDTH, 0.5 + 2.4 * lines))
     places = figure.add_gridspec(lines, 3)
     small = [places[line, column] for line in range(lines) for column in range(3) if line > 1 or column > 1]
     axes, handles = [figure.add_subplot(place) for place in (places[:2, :2], *small[:len(grid.tasks)])], {}
+    first = {algorithm(entry): setting for setting, entry in reversed(grid.settings.items())}  # has the paper's mark
     for task, axis in zip(grid.tasks, axes):
         for color, marker, (setting, entry) in zip(itertools.cycle(COLORS), itertools.cycle(MARKERS),
                                                    grid.settings.items()):
@@ -306,12 +307,13 @@ def draw_tradeoff(rows, grid, path, printed):
                 axis.plot(*points.mean(1, keepdims=True), **look, markersize=9, zorder=3)
             axis.plot(*points, **look, markersize=4.5 if many else 6.5, zorder=4)  # last: nothing hides behind a mean
             theirs = [printed.get((task, name, algorithm(entry))) for name in ("cost", "return")]
-            if all(theirs):
+            if all(theirs) and setting in first.values():
                 axis.plot(*([float(figures[0])] for figures in theirs), marker=marker, linestyle="none", color=color,
                           fillstyle="none", markersize=8.5, markeredgewidth=1.3, zorder=2)
             steps = sorted({last_step(rows, each, setting) for each in grid.tasks} - {0}, reverse=True)
             ran = " or ".join(f"{step:,}" for step in steps) + " steps" if steps else "not run"
-            handles[f"{entry['label']}: {ran}"] = plt.Line2D([], [], **look, markersize=7)
+            if steps or setting in first.values():
+                handles[f"{entry['label']}: {ran}"] = plt.Line2D([], [], **look, markersize=7)
         axis.axvline(25, color="black", linestyle="--", linewidth=1, zorder=1)
         axis.set_xscale("symlog", linthresh=1, linscale=0.4)
         axis.set_xticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
@@ -370,7 +372,8 @@ def not_run(rows, grid):
     """What of the grid has no rows, in one line: tasks that lack the same settings together."""
     lacking = defaultdict(list)
     for task in grid.tasks:
-        lacks = [entry["label"] for setting, entry in grid.settings.items() if not last_step(rows, task, setting)]
+        lacks = [entry["label"] for setting, entry in settings_on(grid, task).items()
+                 if not last_step(rows, task, setting)]
         lacking["; ".join(lacks)].append(task_name(task))
     parts = [f"{', '.join(tasks)} ({labels})" if len(grid.tasks) > 1 else labels
              for labels, tasks in lacking.items() if labels]
@@ -421,7 +424,8 @@ def table_beside_paper(rows, grid, printed):
             if step := last_step(rows, task, setting):
                 theirs = [" ± ".join(printed.get((task, name, algorithm(entry)), "—")) for name in names]
                 ours = {name: last_values(rows, task, setting, name) for name in (*names, "hours")}
-                sees = "bins" if (grid.flags | entry["flags"]).get("preset") == "laptop" else "raw lidar"
+                flags = grid.flags | entry["flags"]
+                sees = flags.get("obs-transform", "bins" if flags.get("preset") == "laptop" else "raw lidar")
                 repeat = 1 if entry["script"] in WITHOUT_REPEAT else 5
                 beside = [text for name, paper in zip(names, theirs) for text in (paper, cell(ours[name], name))]
                 lines.append([task_name(task), entry["label"], *beside, sees, str(repeat), f"{step:,}",

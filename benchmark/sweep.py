@@ -31,7 +31,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
-from grid import read_grid
+from grid import read_grid, settings_on
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -104,7 +104,8 @@ def jobs_of(grid, runs_dir):
     if unknown := [task for task in grid.tasks if task not in known]:
         raise SystemExit(f"{', '.join(unknown)}: not a task of Safety-Gymnasium")
     jobs, mistakes, parsed = [], [], {}
-    for seed, task, (setting, entry) in itertools.product(grid.seeds, grid.tasks, grid.settings.items()):
+    for seed, task, setting, entry in ((seed, task, *each) for seed, task in itertools.product(grid.seeds, grid.tasks)
+                                       for each in settings_on(grid, task).items()):
         flags = words({"env-id": task, "exp-name": setting, "seed": seed, "runs-dir": runs_dir}
                       | grid.flags | entry["flags"])
         module, boxed = modules[entry["script"]], io.StringIO()

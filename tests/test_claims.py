@@ -115,37 +115,28 @@ def test_who_acts():
 
 
 def test_by_the_mean_or_drawn():
-    """Methods without a model: the table of both, and what is said of the five agents with a limit of 25."""
-    by_mean, by_drawing = [], []
-    for name, label in (("cpo_25", "CPO(25)"), ("cvpo_25", "CVPO(25)"), ("ppo_lagrangian_25", "PPOLag(25)"),
-                        ("ppo_lagrangian_2", "PPOLag(2)"), ("ppo_lagrangian_2_fast", "PPOLag(2), faster multiplier")):
-        for run in (run for run in read_kept(RESULTS / "rivals") if run.args["exp_name"] == name):
-            drawn = table(RESULTS / "rivals" / f"{TASK}__{name}__{run.args['seed']}_drawn.csv")
-            assert [row["environment"] for row in drawn] == [row["environment"] for row in run.evaluations[run.last]]
-            told, costs = [], []
-            for rows in (run.evaluations[run.last], drawn):
-                columns = [np.array([float(row[column]) for row in rows]) for column in ("return", "cost")]
-                told.append(" / ".join(map(with_interval, columns)))
-                costs.append(columns[1])
-            assert says("../trials", f"| {label} | {run.args['seed']} | {told[0]} | {told[1]} |")
-            by_mean.append(costs[0])
-            by_drawing.append(costs[1])
-    assert np.shape(by_mean) == (9, 100)
-    by_agent = np.mean(np.subtract(by_mean, by_drawing), axis=1)
-    assert [round(scipy.stats.ttest_1samp(each, 0).pvalue, 2) for each in (by_agent[:5], by_agent)] == [0.03, 0.06]
-    assert (round(min(by_agent[:5]), 1), round(max(by_agent[:5]), 1)) == (2.7, 16.0) and sum(by_agent < 0) == 3
-    by_mean, by_drawing = by_mean[:5], by_drawing[:5]  # limit 25's
-    differences = np.subtract(by_mean, by_drawing)
-    z = np.mean(differences) / np.sqrt(np.mean(np.var(differences, axis=1, ddof=1)) / 500)
-    assert (round(z, 1), round(2 * scipy.stats.norm.sf(z), 3)) == (2.9, 0.004)
-    assert (round(np.mean(by_drawing), 1), round(np.mean(by_mean), 1)) == (25.3, 34.4)
-    assert (np.sum(np.greater(by_mean, 100)), np.max(by_mean)) == (17, 761)
-    assert (np.sum(np.greater(by_drawing, 100)), np.max(by_drawing)) == (9, 341)
+    """Methods without a model: what is said of the agents with a limit of 25, and with those of limit 2."""
+    by_mean, by_drawing = {2: [], 25: []}, {2: [], 25: []}
+    for run in (run for run in read_kept(RESULTS / "rivals") if run.drawn):
+        assert [row["environment"] for row in run.drawn] == [row["environment"] for row in run.evaluations[run.last]]
+        by_mean[run.args["cost_limit"]].append(played(run, run.last, "cost"))
+        by_drawing[run.args["cost_limit"]].append(np.array([float(row["cost"]) for row in run.drawn]))
+    assert (np.shape(by_mean[25]), np.shape(by_mean[2])) == ((6, 100), (4, 100))
+    differences = {limit: np.subtract(by_mean[limit], by_drawing[limit]) for limit in (2, 25)}
+    by_agent = {limit: np.mean(values, axis=1) for limit, values in differences.items()}
+    p = lambda values: round(scipy.stats.ttest_1samp(values, 0).pvalue, 2)
+    assert (p(by_agent[25]), p(np.concatenate([by_agent[25], by_agent[2]]))) == (0.02, 0.04)
+    assert (round(min(by_agent[25]), 1), round(max(by_agent[25]), 1)) == (2.7, 16.0) and sum(by_agent[2] < 0) == 3
+    z = np.mean(differences[25]) / np.sqrt(np.mean(np.var(differences[25], axis=1, ddof=1)) / differences[25].size)
+    assert (round(z, 1), round(2 * scipy.stats.norm.sf(z), 3)) == (3.1, 0.002)
+    assert (round(np.mean(by_drawing[25]), 1), round(np.mean(by_mean[25]), 1)) == (24.4, 32.6)
+    assert (np.sum(np.greater(by_mean[25], 100)), np.max(by_mean[25])) == (18, 761)
+    assert (np.sum(np.greater(by_drawing[25], 100)), np.max(by_drawing[25])) == (10, 341)
     assert says(
-        "../trials",
-        "they cost 25.3 over the 500 episodes of five agents, by the mean 34.4 (paired by episode z = 2.9, p = 0.004)",
-        "2.7 to 16.0, all above 0 (t over agents, p = 0.03; with limit 2's four, three of them below 0, p = 0.06)",
-        "by the mean 17 of limit 25's 500 cost over 100, the worst 761; drawn 9, the worst 341")
+        "rivals",
+        "they cost 24.4 over the 600 episodes of six agents, by the mean 32.6 (paired by episode z = 3.1, p = 0.002)",
+        "2.7 to 16.0, all above 0 (t over agents, p = 0.02; with limit 2's four, three of them below 0, p = 0.04)",
+        "by the mean 18 of limit 25's 600 cost over 100, the worst 761; drawn 10, the worst 341")
 
 
 @pytest.mark.parametrize("page, folder, name, count, form", [
@@ -153,6 +144,7 @@ def test_by_the_mean_or_drawn():
     ("safedreamer", "pilots", "sd_bsrp", 1, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("trials", "rivals", "ppo_lagrangian_2", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_25", 2, "{return} / {cost} (seed {seed})"),
+    ("trials", "rivals", "ppo_lagrangian_25_bins", 1, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cvpo_25", 1, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cpo_25", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "pilots", "ppo2_adam01", 1, "{return} / {cost} (seed {seed})"),

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import inside
 import pictures
 import plot
+from kept import Kept
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
@@ -73,6 +74,30 @@ def test_share_of_episodes():
     """Eight episodes by hand; an edge belongs to what begins there."""
     costs = [0, 0, 1, 5, 9, 25, 50, 300]
     assert inside.share_of_episodes(costs).tolist() == [25, 12.5, 25, 0, 12.5, 25]
+
+
+def test_table_of_rivals():
+    """Raw before bins, in the order of the labels; others are left out; what was not drawn is empty."""
+    def run(name, seed, sees, cost, drawn=()):
+        episode = {"return": "20", "cost": cost}
+        return Kept({"exp_name": name, "seed": seed, "obs_transform": sees}, {5: [episode] * 2}, 5,
+                    {5: {"charts/cost_rate": "0.0281"}}, [{"return": "1", "cost": each} for each in drawn])
+
+    runs = [run("a_bins", 1, "bins", "3"), run("c", 1, "raw", "0"), run("b", 1, "raw", "7", "44"),
+            run("a", 2, "raw", "9")]
+    lines = inside.table_of_rivals(runs, {"b": "second", "a": "first"}).splitlines()[2:5]
+    assert lines == [
+        "| second | raw | 1 | 20.0 [20.0, 20.0] | 7.0 [7.0, 7.0] | 1.0 [1.0, 1.0] | 4.0 [4.0, 4.0] | 281 |",
+        "| first | raw | 2 | 20.0 [20.0, 20.0] | 9.0 [9.0, 9.0] | — | — | 281 |",
+        "| first | bins | 1 | 20.0 [20.0, 20.0] | 3.0 [3.0, 3.0] | — | — | 281 |"]
+
+
+def test_methods_that_have_seen_both():
+    """What is compared has runs of both kinds, each under its own method's name."""
+    rows, grid = pictures.rivals()
+    seen = {method: {row["exp_name"] for row in rows if row["env_id"] == method} for method in pictures.RIVALS.values()}
+    assert set(grid.tasks) == {method for method, kinds in seen.items() if kinds == {"raw", "bins"}}
+    assert "PPOLag(25)" in grid.tasks and "PPOLag(2)" not in grid.tasks
 
 
 def test_a_tasks_runs_stand_together():

@@ -89,14 +89,16 @@ def test_settings_that_ended_elsewhere():
 
 
 def test_what_was_not_run_by_task():
-    """Tasks that lack the same stand together."""
-    grid = GRID._replace(tasks=(*GRID.tasks, "SafetyCarGoal1-v0", "SafetyPointPush1-v0"))
+    """Tasks that lack the same stand together; what is not meant for a task does not lack there."""
+    elsewhere = {"label": "elsewhere", "tasks": ["SafetyDoggoGoal1-v0"]}
+    grid = GRID._replace(tasks=(*GRID.tasks, "SafetyCarGoal1-v0", "SafetyPointPush1-v0"),
+                         settings=GRID.settings | {"elsewhere": elsewhere})
     assert plot.not_run(ROWS, grid) == (
         "\nNot run: PointGoal1 (nobody ran it); CarGoal1, PointPush1 (full agent; nobody ran it; other).\n")
 
 
 def test_table_beside_the_paper():
-    """The paper's figures by a label up to its comma; what an agent sees and repeats, by its script and preset."""
+    """The paper's figures by a label up to its comma; what an agent sees and repeats, by its script and flags."""
     labels = {"full": "SPOWL, ours", "absent": "CPO(25)", "other": "nobody's"}
     grid = GRID._replace(settings={name: GRID.settings[name] | {"label": label} for name, label in labels.items()})
     lines = plot.table_beside_paper(ROWS, grid, plot.read_paper(PAPER)).splitlines()
@@ -120,7 +122,8 @@ def test_what_agents_see_and_repeat_is_what_their_scripts_do(scale):
     for (_, entry), line in zip(grid.settings.items(), table):
         script = importlib.import_module(entry["script"].removesuffix(".py").replace("/", "."))
         flags = vars(script.Args()) | getattr(script, "PRESETS", {}).get(entry["flags"].get("preset"), {})
-        sees = {"bins": "bins", "raw": "raw lidar"}[flags["obs_transform"]]
+        transform = entry["flags"].get("obs-transform", flags["obs_transform"])
+        sees = {"bins": "bins", "raw": "raw lidar"}[transform]
         assert f"| {sees} | {flags['action_repeat']} |" in line
 
 
@@ -140,22 +143,23 @@ def drawn_by(monkeypatch, draw, *arguments):
 
 def test_tradeoffs(tmp_path, monkeypatch):
     """A mark for each of two seeds, of three their mean too; hollow the paper's; none for what is not there. The legend
-    says all numbers of steps."""
-    labels = {"full": "SPOWL", "absent": "CPO(25)", "other": "x"}
-    grid = GRID._replace(settings={name: GRID.settings[name] | {"label": label} for name, label in labels.items()},
-                         tasks=(*GRID.tasks, "SafetyCarGoal1-v0"))
+    says all numbers of steps. A system's second setting has no hollow mark, and where it was not run no entry."""
+    labels = {"full": "SPOWL", "absent": "CPO(25)", "other": "x", "again": "CPO(25), bins", "more": "SPOWL, more"}
+    grid = GRID._replace(
+        settings={name: GRID.settings.get(name, {}) | {"label": label} for name, label in labels.items()},
+        tasks=(*GRID.tasks, "SafetyCarGoal1-v0"))
     rows = [*ROWS, row("other", 2, 100, 3.0, 6.0), row("other", 3, 100, 6.04, 3.0),  # means 3.0 and 3.0
-            row("full", 1, 60, 1.0, 1.0, env_id="SafetyCarGoal1-v0")]
+            row("full", 1, 60, 1.0, 1.0, env_id="SafetyCarGoal1-v0"), row("more", 1, 100, 5.0, 2.0)]
     figure = drawn_by(monkeypatch, plot.draw_tradeoff, rows, grid, tmp_path / "p.png", plot.read_paper(PAPER))
     marks = [line for line in figure.axes[0].lines if line.get_linestyle() == "None" and len(line.get_xdata())]
     points = [[line.get_xydata().tolist() for line in marks if (line.get_fillstyle() == "none") == hollow]
               for hollow in (False, True)]
     assert points[0][0] == [[40.0, 20.0], [50.0, 23.0]]
     assert np.allclose(points[0][1], [[3.0, 3.0]]) and points[0][2] == [[0.0, -0.04], [6.0, 3.0], [3.0, 6.04]]
-    assert len(points[0]) == 3 and points[1] == [[[1.5, 26.9]], [[31.0, 19.2]]]
+    assert points[0][3:] == [[[2.0, 5.0]]] and points[1] == [[[1.5, 26.9]], [[31.0, 19.2]]]
     texts = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
     assert texts[:3] == ["SPOWL: 100 or 60 steps", "CPO(25): not run", "x: 100 steps"]
-    assert texts[3:] == ["hollow: the paper's, 5,000,000 steps"]
+    assert texts[3:] == ["SPOWL, more: 100 steps", "hollow: the paper's, 5,000,000 steps"]
 
 
 @pytest.mark.parametrize("seeds, thick, band", [(1, 0, 0), (2, 0, 0), (3, 1, 0), (4, 1, 0), (5, 1, 1)])

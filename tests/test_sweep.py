@@ -41,7 +41,7 @@ def grids(tmp_path_factory):
 
 @pytest.mark.parametrize("scale, runs", [
     ("paper", {"fig3": 18, "fig4": 12, "fig6": 9, "fig7": 9, "fig8": 21, "fig9": 15, "table1": 189}),
-    ("two_cores", {"fig3": 18, "fig4": 18, "fig6": 45, "fig7": 6, "fig8": 8, "fig9": 10, "table1": 120})])
+    ("two_cores", {"fig3": 18, "fig4": 18, "fig6": 45, "fig7": 6, "fig8": 8, "fig9": 10, "table1": 132})])
 def test_the_committed_grids(grids, scale, runs):
     """Counted by hand; every run has a name of its own, and flags that its script takes."""
     assert {name: len({job.name for job in jobs}) for name, jobs in grids[scale].items()} == runs
@@ -76,6 +76,8 @@ settings:
   one: {label: 1, script: spowl_continuous.py, flags: {capture-video: false, num-q: 3}}
   two: {label: second, script: spowl_plan_only.py, scales: [large]}
 """
+SOME = GOOD.replace("tasks: [SafetyPointGoal1-v0]", "tasks: [SafetyPointGoal1-v0, SafetyCarGoal1-v0]").replace(
+    "num-q: 3}", "num-q: 3}, tasks: [SafetyCarGoal1-v0]")
 
 
 def grid_file(tmp_path, text):
@@ -108,6 +110,13 @@ def test_a_grid_at_two_scales(tmp_path):
                     "--no-capture-video", "--num-q", "3"), 5_000_000)
 
 
+def test_a_setting_of_some_tasks(tmp_path):
+    """It is run on those alone."""
+    grid = read_grid(grid_file(tmp_path, SOME.replace("scales: [large]", "scales: [tiny]")), "tiny")._replace(flags={})
+    assert [job.name for job in sweep.jobs_of(grid, tmp_path)] == [
+        "SafetyPointGoal1-v0__two__1", "SafetyCarGoal1-v0__one__1", "SafetyCarGoal1-v0__two__1"]
+
+
 @pytest.mark.parametrize("before, after, says", [
     ("title: a title", "", "lacks 'title'"),
     ("title: a title", "titel: a title\ntitle: b", "has 'titel'; known are title, tasks"),
@@ -120,6 +129,7 @@ def test_a_grid_at_two_scales(tmp_path):
     ("{total_timesteps: 10}", "[10]", "flags must be a mapping"),
     ("title: a title", "title: a title\npanels: [reward]", "panels has 'reward'; known are return, cost, cost_rate"),
     ("scales: [large]", "scales: [huge]", "setting two: scales has 'huge'; known are tiny, large"),
+    ("num-q: 3}", "num-q: 3}, tasks: [SafetyAntGoal1-v0]", "setting one: tasks has 'SafetyAntGoal1-v0'; known are Saf"),
     ("label: second, ", "", "setting two lacks 'label'"),
     ("  two:", "  2:", "settings must be a mapping with names"),
     ("num-q: 3", "exp_name: mine", "setting one: flags has 'exp-name', which follows from tasks, settings and seeds"),
