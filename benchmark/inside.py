@@ -64,7 +64,7 @@ def table_of_rivals(runs, labels):
         lines.append([labels[method(run)], run.args["obs_transform"], str(run.args["seed"]),
                       *told(run.evaluations[run.last]), *told(run.drawn), f"{rate:.0f}"])
     head = ["", "sees", "seed", "return", "cost", "return, drawn", "cost, drawn", "training cost rate ×10⁴"]
-    return markdown(head, lines) + "\nIn brackets: 95% intervals of means over 100 episodes.\n"
+    return markdown(head, lines) + "\nIn brackets: 95% intervals of means over episodes.\n"
 
 
 @plt.rc_context(STYLE)

@@ -70,6 +70,7 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
 RIVALS = {  # methods without a model: names of runs, but for "_bins" at the end
     "ppo_lagrangian_25": "PPOLag(25)", "cpo_25": "CPO(25)", "cvpo_25": "CVPO(25)",
     "ppo_lagrangian_2": "PPOLag(2)", "ppo_lagrangian_2_fast": "PPOLag(2), faster multiplier"}
+RIVALS_TASK = "SafetyPointGoal1-v0"
 NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a trained agent makes of them"}
 
 
@@ -107,13 +108,13 @@ def spowl_million():
 def rivals():
     """Methods without a model on PointGoal1: rows and grid in which a method stands for a task, what it sees for a
     setting; those that have seen both."""
-    rows, both = [], {}
+    rows = []
     for row in plot.read_rows(RESULTS / "rivals"):
         name, bins, _ = row["exp_name"].partition("_bins")
-        if name in RIVALS:
+        if name in RIVALS and row["env_id"] == RIVALS_TASK:
             rows.append(row | {"env_id": RIVALS[name], "exp_name": "bins" if bins else "raw"})
-            both.setdefault(RIVALS[name], set()).add(bool(bins))
-    methods = tuple(method for method in RIVALS.values() if len(both.get(method, ())) == 2)
+    seen = {(row["env_id"], row["exp_name"]) for row in rows}
+    methods = tuple(method for method in RIVALS.values() if {(method, "raw"), (method, "bins")} <= seen)
     return rows, plot.grid_of(rows, "What a method sees: PointGoal1", THREE, {
         "raw": "raw lidar", "bins": "bins, as SPOWL"})._replace(tasks=methods)
 
@@ -166,7 +167,8 @@ TABLES = {  # page: what gives the text between its markers, which are named aft
     "table1.md": lambda: plot.table_beside_paper(*two_cores("table1"), paper()),
     "million.md": lambda: inside.table_of_kept(
         read_kept(RESULTS / "million"), million("table1")[1], *two_cores("table1"), paper()),
-    "rivals.md": lambda: inside.table_of_rivals(read_kept(RESULTS / "rivals"), RIVALS),
+    "rivals.md": lambda: inside.table_of_rivals(
+        [run for run in read_kept(RESULTS / "rivals") if run.args["env_id"] == RIVALS_TASK], RIVALS),
     "budget.md": lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget")),
 }
 

@@ -106,7 +106,8 @@ def evaluations(run_dir, grid=None):
         episodes = [row for row in episodes if row["step"] not in {row["step"] for row in judged}] + judged
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{run_dir} is not a run directory: {error}")
-    if grid and not (args["exp_name"] in grid.settings and args["env_id"] in grid.tasks and args["seed"] in grid.seeds):
+    if grid and not (args["exp_name"] in settings_on(grid, args["env_id"]) and args["env_id"] in grid.tasks
+                     and args["seed"] in grid.seeds):
         return
     by_step = defaultdict(list)
     for row in episodes:

@@ -16,7 +16,6 @@ import dataclasses
 import fcntl
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -104,8 +103,9 @@ def jobs_of(grid, runs_dir):
     if unknown := [task for task in grid.tasks if task not in known]:
         raise SystemExit(f"{', '.join(unknown)}: not a task of Safety-Gymnasium")
     jobs, mistakes, parsed = [], [], {}
-    for seed, task, setting, entry in ((seed, task, *each) for seed, task in itertools.product(grid.seeds, grid.tasks)
-                                       for each in settings_on(grid, task).items()):
+    runs = [(seed, task, setting, entry) for seed in grid.seeds for task in grid.tasks
+            for setting, entry in settings_on(grid, task).items()]
+    for seed, task, setting, entry in runs:
         flags = words({"env-id": task, "exp-name": setting, "seed": seed, "runs-dir": runs_dir}
                       | grid.flags | entry["flags"])
         module, boxed = modules[entry["script"]], io.StringIO()

@@ -117,7 +117,7 @@ def test_who_acts():
 def test_by_the_mean_or_drawn():
     """Methods without a model: what is said of the agents with a limit of 25, and with those of limit 2."""
     by_mean, by_drawing = {2: [], 25: []}, {2: [], 25: []}
-    for run in (run for run in read_kept(RESULTS / "rivals") if run.drawn):
+    for run in (run for run in read_kept(RESULTS / "rivals") if run.drawn and run.args["env_id"] == TASK):
         assert [row["environment"] for row in run.drawn] == [row["environment"] for row in run.evaluations[run.last]]
         by_mean[run.args["cost_limit"]].append(played(run, run.last, "cost"))
         by_drawing[run.args["cost_limit"]].append(np.array([float(row["cost"]) for row in run.drawn]))
