@@ -62,6 +62,7 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "5M steps", "short_cvpo_25": "2M steps"}),
     "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
         "ppo_lagrangian_2": "5M steps", "ppo_lagrangian_2_fast": "5M steps, a multiplier three times as fast",
+        "ppo_lagrangian_2_fast_bins": "5M steps, as fast, from bins",
         "short_ppo_lagrangian_2": "2M steps, observations not clipped"}, 2),
     "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
         "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
@@ -107,7 +108,7 @@ def spowl_million():
 
 def rivals():
     """Methods without a model on PointGoal1: rows and grid in which a method stands for a task, what it sees for a
-    setting; those that have seen both."""
+    setting; those that have seen both. And the cost limit of each."""
     rows = []
     for row in plot.read_rows(RESULTS / "rivals"):
         name, bins, _ = row["exp_name"].partition("_bins")
@@ -115,13 +116,19 @@ def rivals():
             rows.append(row | {"env_id": RIVALS[name], "exp_name": "bins" if bins else "raw"})
     seen = {(row["env_id"], row["exp_name"]) for row in rows}
     methods = tuple(method for method in RIVALS.values() if {(method, "raw"), (method, "bins")} <= seen)
-    return rows, plot.grid_of(rows, "What a method sees: PointGoal1", THREE, {
-        "raw": "raw lidar", "bins": "bins, as SPOWL"})._replace(tasks=methods)
+    grid = plot.grid_of(rows, "What a method sees: PointGoal1", THREE, {"raw": "raw lidar", "bins": "bins, as SPOWL"})
+    return rows, grid._replace(tasks=methods), {method: 2 if "(2)" in method else 25 for method in methods}
 
 
 def draw_grid(name, path):
     """Learning curves of a grid."""
     plot.draw(*two_cores(name), path, 25)
+
+
+def draw_rivals(path):
+    """Learning curves of what `rivals` has."""
+    rows, grid, limits = rivals()
+    plot.draw(rows, grid, path, limits)
 
 
 def draw_learning(name, path):
@@ -155,7 +162,7 @@ PICTURES = {  # file: what draws it to a path
     "table1_two_cores_tradeoff.png": lambda path: plot.draw_tradeoff(*two_cores("table1"), path, paper()),
     "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
     "million.png": lambda path: plot.draw(*million("table1"), path, 25),
-    "rivals.png": lambda path: plot.draw(*rivals(), path, 25),
+    "rivals.png": draw_rivals,
     "episode_costs.png": lambda path: inside.draw_episode_costs(spowl_million(), path),
     "lambda_and_critic.png": lambda path: inside.draw_multiplier_and_critic(spowl_million(), path),
     "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),

@@ -224,7 +224,9 @@ def step_axis(axis, first, last, spread):
 
 @plt.rc_context(STYLE)
 def draw(rows, grid, path, cost_line):
-    """Learning curves: panels for each task, a colour per setting, above them who it is and how many seeds."""
+    """Learning curves: panels for each task, a colour per setting, above them who it is and how many seeds. The dashed
+    line stands at one cost for all tasks, or at each task's own of a dict; at none for 0."""
+    cost_lines = cost_line if isinstance(cost_line, dict) else dict.fromkeys(grid.tasks, cost_line)
     columns = 2 if len(grid.tasks) == 1 and len(grid.panels) == 4 else len(grid.panels)
     lines, height = math.ceil(len(grid.panels) / columns), 1.9 if columns < 4 else 1.25  # inches, as all that follows
     width, longest = (WIDTH - 0.1) / columns, max(len(entry["label"]) for entry in grid.settings.values())
@@ -237,15 +239,15 @@ def draw(rows, grid, path, cost_line):
         places = [(0.45 + column * width, top - head - line * (height + 0.5) - 0.2 - height)
                   for line in range(lines) for column in range(columns)]
         axes = [figure.add_axes((x / WIDTH, y / total, (width - 0.5) / WIDTH, height / total)) for x, y in places]
-        draw_task(axes[:len(grid.panels)], rows, grid, task, cost_line)
+        draw_task(axes[:len(grid.panels)], rows, grid, task, cost_lines[task])
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, title=task_name(task), title_fontproperties={"weight": "bold", "size": 9},
                       alignment="left", loc="upper left", bbox_to_anchor=(0, top / total),
                       ncols=2 if longest > 24 else 3)
         top -= head + lines * (height + 0.5)
     figure.text(0.5, (top - 0.02) / total, "simulator steps", ha="center", va="top")
-    dashed = cost_line == 25 and "cost" in grid.panels
-    save(figure, path, f"{RULE} {LIMIT}" if dashed else RULE)
+    told = LIMIT if set(cost_lines.values()) == {25} else "Dashed: the cost limit." if any(cost_lines.values()) else ""
+    save(figure, path, f"{RULE} {told}" if told and "cost" in grid.panels else RULE)
 
 
 def draw_task(axes, rows, grid, task, cost_line):

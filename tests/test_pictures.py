@@ -94,11 +94,12 @@ def test_table_of_rivals():
 
 def test_methods_that_have_seen_both():
     """PPOLag(25)'s ends as on its page, each under what it saw; a method that saw one kind alone is not compared."""
-    rows, grid = pictures.rivals()
+    rows, grid, limits = pictures.rivals()
     ends = {(row["exp_name"], row["seed"]): round(row["return"], 1) for row in rows
             if (row["env_id"], row["step"]) == ("PPOLag(25)", 5_000_000)}
     assert ends == {("raw", 1): 10.6, ("raw", 2): 15.1, ("bins", 1): 25.0}
     assert grid.tasks[:2] == ("PPOLag(25)", "CPO(25)") and "PPOLag(2)" not in grid.tasks
+    assert (limits["PPOLag(25)"], limits["PPOLag(2), faster multiplier"]) == (25, 2)
 
 
 def test_a_tasks_runs_stand_together():

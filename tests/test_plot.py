@@ -188,6 +188,19 @@ def test_short_runs_beside_long_ones(tmp_path, monkeypatch):
         assert {axis.get_xscale() for axis in figure.axes} == {scale}
 
 
+@pytest.mark.parametrize("cost_line, drawn, told", [
+    (25, ([25], [25]), "Dashed at 25: the cost limit that OmniSafe's baselines use."), (0, ([], []), ""),
+    (2, ([2], [2]), "Dashed: the cost limit."), ({"a": 25, "b": 2}, ([25], [2]), "Dashed: the cost limit.")])
+def test_cost_limit_of_each_task(cost_line, drawn, told, tmp_path, monkeypatch):
+    """A dashed line in the costs' panel alone, at one limit for all tasks or at each one's; what it is said to be."""
+    rows = [row("full", 1, step, 1.0, 1.0, env_id=task) for task in "ab" for step in (50, 100)]
+    grid = GRID._replace(tasks=("a", "b"), panels=("return", "cost"))
+    figure = drawn_by(monkeypatch, plot.draw, rows, grid, tmp_path / "p.png", cost_line)
+    dashed = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] for axis in figure.axes]
+    assert dashed == [[], drawn[0], [], drawn[1]]
+    assert " ".join(figure.get_supxlabel().split()).partition("Dashed")[1:] == told.partition("Dashed")[1:]
+
+
 def test_the_papers_table_is_whole():
     """Seven tasks, three metrics, seven algorithms, each once."""
     with open(PAPER, newline="") as file:
