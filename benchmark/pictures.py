@@ -57,7 +57,7 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "osrp_lag": "OSRP-Lag before, with half the updates",
         "osrp_lag, pid-max 0.1": "the same with the paper's cap on λ"}),
     "cpo_25": ("CPO, cost limit 25", THREE, {
-        "cpo_25": "5M steps", "cpo_25_5M": "5M steps, observations not clipped",
+        "cpo_25": "5M steps", "cpo_25_bins": "5M steps, from bins", "cpo_25_5M": "5M steps, observations not clipped",
         "short_cpo_25": "2M steps, one on to 5M, not clipped"}),
     "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "5M steps", "short_cvpo_25": "2M steps"}),
     "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
@@ -65,7 +65,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "ppo_lagrangian_2_fast_bins": "5M steps, as fast, from bins",
         "short_ppo_lagrangian_2": "2M steps, observations not clipped"}, 2),
     "ppo_lagrangian_25": ("PPO-Lagrangian, cost limit 25", THREE, {
-        "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
+        "ppo_lagrangian_25": "5M steps", "ppo_lagrangian_25_bins": "5M steps, from bins",
+        "ppo_lagrangian_25_5M": "5M steps, observations not clipped",
         "short_ppo_lagrangian_25": "2M steps, not clipped"}),
 }
 RIVALS = {  # methods without a model: names of runs, but for "_bins" at the end
