@@ -17,6 +17,7 @@ from kept import played, read_kept, table
 from plot import RESULTS, by_seed, read_rows
 
 TASK = "SafetyPointGoal1-v0"
+FIXED = ["local_0.01", "local_0.1", "local_0.3", "local_1", "local_3"]
 
 
 def at(table, setting, name, step=300_000, seeds=()):
@@ -71,6 +72,14 @@ def test_one_run_against_five(figure, setting, name, expected):
     assert len(known) == 5 and round(one_more_p(known, new), 2) == expected
 
 
+def test_one_run_against_three():
+    """What training costs under fixed thresholds on the plan's cost, beside the adaptive one's three seeds."""
+    rates = {name: at("fig4_two_cores", name, "cost_rate") for name in ("plan_only", *FIXED)}
+    p = [round(one_more_p(rates["plan_only"], *rates[name]), 3) for name in FIXED]
+    assert len(rates["plan_only"]) == 3 and min(p[:3]) > 0.2 and p[3:] == [0.021, 0.006]
+    assert says("fig4", "only 1 and 3 are clearly above (prediction interval, p = 0.02 and 0.006)")
+
+
 def test_those_of_one_run_are_on_their_pages():
     assert says("fig7", "(p = 0.02 and 0.03)", "(p = 0.14;") and says("fig8", "(p = 0.08 and 0.17)")
 
@@ -95,10 +104,10 @@ def test_a_full_multiplier_from_the_start():
     known, new, *deviations = (
         at(table, setting, name, seeds=(3, 4, 5)) for name in ("cost", "cost_std")
         for table, setting in (("laptop", "laptop"), ("laptop_early", "lambda-init 0.2, whole run")))
-    z = np.sum(np.subtract(new, known)) / np.sqrt(np.sum(np.square(deviations)) / 50)
-    assert (round(z, 1), round(2 * scipy.stats.norm.sf(z), 2)) == (2.1, 0.03)
+    z = np.sum(np.subtract(new, known)) / np.sqrt(np.sum(np.square(deviations)) / 49)  # the csv's are over 50
+    assert (round(z, 1), round(2 * scipy.stats.norm.sf(z), 2)) == (2.1, 0.04)
     assert round(scipy.stats.ttest_rel(new, known).pvalue, 2) == 0.09
-    assert says("training_costs", "(z = 2.1, p = 0.03)", "(paired t, p = 0.09)")
+    assert says("training_costs", "(z = 2.1, p = 0.04)", "(paired t, p = 0.09)")
 
 
 def test_who_acts():
