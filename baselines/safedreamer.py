@@ -171,7 +171,7 @@ class Protocol:
     """vectors as the networks see them: raw (the encoder gets symlog of it), log, which spreads the near end of a lidar
     (see transform_obs), or bins: log, and the encoder gets each entry's weights on eight bins too (see spread_obs)"""
     env_timeout: Annotated[float, (1 / LARGE, 1e6)] = 60.0
-    """seconds after which an environments' process without an answer counts as dead (at least 300 to start or reset)"""
+    """seconds after which an environments' process without an answer counts as dead (at least 300 to start)"""
     eval_every: Natural = 100_000
     """simulator steps between evaluations, each followed by a checkpoint (0: only at the end)"""
     eval_episodes: Count = 10
@@ -1184,7 +1184,7 @@ def cost_to_go(cost, terminated, last, gamma):
 def read_and_followed(args, episodes, read):
     """Mean cost value read, (T,) of all episodes' steps, and mean discounted cost that followed: numbers by tag.
 
-    critic/read_..., critic/followed_... in states inside a hazard (the step before cost), outside, and before_k: k = 1
+    critic/read_..., critic/followed_... in states inside a hazard (the last step cost), outside, and before_k: k = 1
     to 5 agent steps before a hazard is entered (before_1 is the step that enters); none for what did not occur."""
     each = np.split(read, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
     groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
@@ -1607,6 +1607,7 @@ def open_run_dir(args, stack):
     """The run's directory, new with args.json (flags, versions, git commit) unless it is resumed, and a TensorBoard
     writer, which Weights & Biases follows with --track."""
     from tensorboard.summary import Writer
+    wandb = import_module("wandb") if args.track else None  # or its line, before anything is written
     run_dir, now = Path(args.resume or ""), int(time.time())
     if not args.resume:
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True).stdout
@@ -1620,8 +1621,8 @@ def open_run_dir(args, stack):
                 break
         (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
         hold(run_dir, stack)
-    if args.track:
-        tracked = import_module("wandb").init(
+    if wandb:
+        tracked = wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", dir=run_dir,
             config=vars(args), group=f"{args.env_id}__{args.exp_name}", sync_tensorboard=True)
         stack.callback(tracked.finish)

@@ -4,10 +4,10 @@
     python benchmark/plot.py --grid benchmark/grids/fig6.yaml runs/two_cores/Safety*
 
 Without run directories picture and table are made again from the csv that is there. With a grid its runs alone are
-taken, in its order and with its labels, what is missing is called "not run", and all three files are
-benchmark/results/{grid}_{scale}.* unless they are named. What a line, a band and a mark mean stands under each picture
-(RULE), what a table's cell means under each table (CELLS). Where a run was judged by --evaluate, these episodes stand
-for its last evaluation. --paper puts the figures of the paper's Table 1 beside ours."""
+taken, in its order and with its labels, what is missing is called "not run", and all three files are {grid}_{scale}.*
+beside the first run, without runs in benchmark/results, unless they are named. What a line, a band and a mark mean
+stands under each picture (RULE), what a table's cell means under each table (CELLS). Where a run was judged by
+--evaluate, these episodes stand for its last evaluation. --paper puts those of the paper's Table 1 beside ours."""
 
 import csv
 import dataclasses
@@ -444,7 +444,7 @@ def main(options):
     if not grid and not options.csv:
         raise SystemExit("--csv or --grid is needed: the table to write or to read")
     if grid:
-        beside = RESULTS / f"{options.grid.stem}_{options.scale}"
+        beside = (options.runs[0].parent if options.runs else RESULTS) / f"{options.grid.stem}_{options.scale}"
         names = {name: getattr(options, name) or beside.with_suffix(suffix)
                  for name, suffix in (("csv", ".csv"), ("picture", ".png"), ("table", ".md"))}
         options = dataclasses.replace(options, **names)

@@ -326,6 +326,17 @@ def test_runs_of_several_machines_gather_in_one_table(tmp_path):
         ("new", 1), ("full", 1), ("full", 2), ("full", 2)]
 
 
+def test_a_grids_files_stand_beside_its_runs(tmp_path):
+    """Not over the committed ones, where none is named."""
+    (tmp_path / "runs").mkdir()
+    run_dir, grid = make_run(tmp_path / "runs" / "one"), tmp_path / "mine.yaml"
+    grid.write_text("title: t\ntasks: [task]\nscales:\n  two_cores: {seeds: [1]}\n"
+                    "settings:\n  full: {label: n, script: s}\n")
+    plot.main(plot.Options(runs=(run_dir,), grid=grid, table=tmp_path / "t.md"))
+    assert {path.name for path in run_dir.parent.iterdir()} == {"one", "mine_two_cores.csv", "mine_two_cores.png"}
+    assert (tmp_path / "t.md").exists()
+
+
 def test_no_row_is_replaced_by_nothing(tmp_path):
     """Runs that are in the table and not given, or a grid to which no run given belongs: refused, the table stays."""
     first, second, table = make_run(tmp_path / "1"), make_run(tmp_path / "2", seed=2), tmp_path / "rows.csv"

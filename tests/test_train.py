@@ -897,7 +897,7 @@ def test_tracking_without_weights_and_biases_is_one_line(scripted, main, monkeyp
     """Not installed: None stands for that in sys.modules. It is imported with --track alone."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     _, message = main("--track", "--runs-dir", tmp_path / "one")
-    assert "wandb" in message and "\n" not in message
+    assert "wandb" in message and "\n" not in message and not (tmp_path / "one").exists()
     assert main("--runs-dir", tmp_path / "other")[1] is None
 
 
