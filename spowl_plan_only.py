@@ -872,7 +872,7 @@ def steer(args, multiplier, buffer, num_updates):
     log lambda grows by 2e-5 e per simulator step, within [0.001, 10], with e = mean cost of the environments' latest
     episodes / budget - 1, at most 1: it rises no faster than it falls, and cannot wind up. As costs fall about
     exponentially in lambda, relative steps suit budgets and tasks of any size. PID-Lagrangian (arXiv 2007.03964) sums
-    absolute errors and adds two more parts; a proportional one made the costs of so few episodes swing."""
+    absolute errors and adds two more parts; a proportional one made lambda's weight swing."""
     error = jnp.minimum(jnp.nan_to_num(jnp.nanmean(episode_costs(buffer)) / args.cost_budget - 1.0), 1.0)
     steps = num_updates * args.action_repeat / args.updates_per_step
     return jnp.clip(multiplier * jnp.exp(2e-5 * steps * error), 0.001, 10.0)
