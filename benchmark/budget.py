@@ -38,17 +38,22 @@ def read_runs(folder):
             continue
         last = run.numbers[run.last]
         found.append({
-            "task": task_name(run.args["env_id"]), "budget": run.args["cost_budget"], "seed": run.args["seed"],
-            "step": run.last, "training": float(last["train/cost"]), "lambda": float(last["lagrangian/lambda"]),
-            "return": played(run, run.last, "return"), "cost": played(run, run.last, "cost")})
+            "task": task_name(run.args["env_id"]), "name": run.args["exp_name"], "budget": run.args["cost_budget"],
+            "seed": run.args["seed"], "step": run.last, "training": float(last["train/cost"]),
+            "lambda": float(last["lagrangian/lambda"]), "return": played(run, run.last, "return"),
+            "cost": played(run, run.last, "cost")})
     return sorted(found, key=lambda run: (run["task"], run["budget"], run["seed"]))
 
 
 def by_budget(runs):
-    """{(task, budget): its runs}, in their order."""
+    """{(task, budget): its runs}, in their order. SystemExit where they are of different names."""
     found = defaultdict(list)
     for run in runs:
-        found[run["task"], run["budget"]].append(run)
+        here = found[run["task"], run["budget"]]
+        here.append(run)
+        if run["name"] != here[0]["name"]:
+            raise SystemExit(f"{here[0]['name']} and {run['name']} both have a budget of {run['budget']:g} on "
+                             f"{run['task']}: keep them in folders of their own")
     return found
 
 

@@ -17,6 +17,16 @@ import yaml
 PANELS = ("return", "cost", "cost_rate", "balance", "no_improvement", "total_cost")
 
 
+class Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands there twice, in line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
 class Grid(NamedTuple):
     """A grid at one scale."""
 
@@ -72,7 +82,7 @@ def read_flags(where, entry):
 def read_grid(path, scale):
     """The grid in a file at one of its scales; SystemExit with one line for what is wrong in it."""
     try:
-        grid = yaml.safe_load(path.read_text())
+        grid = yaml.load(path.read_text(), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SystemExit(f"{path} is not a grid: {' '.join(str(error).split())}")
     check_mapping(path, grid, ("title", "tasks", "scales", "settings"), ("panels",))

@@ -71,6 +71,9 @@ def main(options):
             raise SystemExit(f"{run} is not a run directory: {error}")
         if not any(row[0] == "eval" for row in played):
             raise SystemExit(f"{run} has no evaluation yet")
+        if odd := {row[1] for row in played if row[0] == "final"} - {row[1] for row in played if row[0] == "eval"}:
+            raise SystemExit(f"{run} was judged at step {odd.pop()}, at which training evaluated nothing: train it to "
+                             "an evaluation, or take away its evaluation.csv")
         there = options.to / f"{name}_args.json"
         if name in kept or there.exists() and json.loads(there.read_text()) != info:
             raise SystemExit(f"{run}: another run is {name} in {options.to}: name another directory with --to")

@@ -25,7 +25,8 @@ def table(path):
 
 
 def read_kept(folder):
-    """Every run kept in a folder, in the order of its files' names. SystemExit where what was judged has no numbers."""
+    """Every run kept in a folder, in the order of its files' names. SystemExit where what was judged has no numbers, or
+    where drawn episodes are of another step than the last."""
     found = []
     for path in sorted(folder.glob("*_args.json")):
         stem = path.name.removesuffix("_args.json")
@@ -36,9 +37,11 @@ def read_kept(folder):
         numbers = {int(row["step"]): row for row in table(folder / f"{stem}_numbers.csv")}
         if lacking := sorted(set(evaluations) - set(numbers)):
             raise SystemExit(f"{stem} was judged at step {lacking[0]}, at which training evaluated nothing")
-        drawn = folder / f"{stem}_drawn.csv"
-        found.append(Kept(json.loads(path.read_text())["args"], evaluations, int(episodes[-1]["step"]), numbers,
-                          table(drawn) if drawn.exists() else []))
+        beside, last = folder / f"{stem}_drawn.csv", int(episodes[-1]["step"])
+        drawn = table(beside) if beside.exists() else []
+        if drawn and int(drawn[0]["step"]) != last:
+            raise SystemExit(f"{beside} is of step {drawn[0]['step']}, not {last}: make it again with probe/drawn.py")
+        found.append(Kept(json.loads(path.read_text())["args"], evaluations, last, numbers, drawn))
     return found
 
 

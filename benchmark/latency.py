@@ -128,6 +128,8 @@ def draw(path, picture):
 
 def main(options):
     """SystemExit, before anything is timed, for options that cannot be."""
+    if options.repeats < 1:
+        raise SystemExit("--repeats must be at least 1")
     if options.csv and (options.csv.exists() or not options.csv.parent.is_dir()):
         raise SystemExit(f"--csv {options.csv}: name a new file in a directory that is there")
     args = spowl.parse_args(["--evaluate", str(options.run)])

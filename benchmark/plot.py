@@ -126,13 +126,7 @@ def evaluations(run_dir, grid=None):
 
 
 def write_rows(path, rows):
-    """The csv; SystemExit where two runs have the same name, task, seed and step."""
-    seen = set()
-    for row in rows:
-        key = tuple(row[name] for name in ("exp_name", "env_id", "seed", "step"))
-        if key in seen:
-            raise SystemExit(f"two runs of {key[0]} on {key[1]} with seed {key[2]}: leave one of them out")
-        seen.add(key)
+    """The csv."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -445,16 +439,22 @@ def main(options):
         raise SystemExit("--csv or --grid is needed: the table to write or to read")
     if grid:
         beside = (options.runs[0].parent if options.runs else RESULTS) / f"{options.grid.stem}_{options.scale}"
-        names = {name: getattr(options, name) or beside.with_suffix(suffix)
+        names = {name: getattr(options, name) or Path(f"{beside}{suffix}")
                  for name, suffix in (("csv", ".csv"), ("picture", ".png"), ("table", ".md"))}
         options = dataclasses.replace(options, **names)
     if options.runs:
-        rows = [row for run_dir in options.runs for row in evaluations(run_dir, grid)]
+        named, rows, of = lambda row: (row["exp_name"], row["env_id"], row["seed"]), [], {}
+        for run_dir in options.runs:
+            found = list(evaluations(run_dir, grid))
+            for name, task, seed in set(map(named, found)):
+                if other := of.get((name, task, seed)):
+                    raise SystemExit(f"{other} and {run_dir} are two runs of {name} on {task} with seed {seed}: "
+                                     "leave one of them out")
+                of[name, task, seed] = run_dir
+            rows += found
         if not rows:
             raise SystemExit("these run directories have no evaluation yet" + ", or are not of the grid" * bool(grid))
-        named = lambda row: (row["exp_name"], row["env_id"], row["seed"])
-        again = set(map(named, rows))
-        others = [row for row in read_rows(options.csv) if named(row) not in again] if options.csv.exists() else []
+        others = [row for row in read_rows(options.csv) if named(row) not in of] if options.csv.exists() else []
         if others and not options.add:
             name, task, seed = named(others[0])
             raise SystemExit(f"{options.csv} has runs that are not given, such as {name} on {task} with seed {seed}: "
@@ -464,7 +464,10 @@ def main(options):
             order = {name: number for number, name in enumerate(grid.settings)}  # --add keeps names of other grids too
             rows.sort(key=lambda row: (row["env_id"], order.get(row["exp_name"], len(order)), row["seed"], row["step"]))
         write_rows(options.csv, rows)
-    rows = read_rows(options.csv)
+    if not (rows := read_rows(options.csv)):
+        raise SystemExit(f"--csv {options.csv} has no rows")
+    if options.paper and options.table and not grid:
+        raise SystemExit("--paper and --table need --grid: it says what a run's script and flags are")
     grid = grid or grid_of(rows)
     if options.picture:
         draw(rows, grid, options.picture, options.cost_line)

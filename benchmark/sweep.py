@@ -14,6 +14,7 @@ cut off."""
 import ctypes
 import dataclasses
 import fcntl
+import glob
 import importlib.util
 import io
 import json
@@ -138,18 +139,19 @@ def differences(job, runs_dir, module, args):
         return [f"{run_dir} is not a run directory: {error}; move it elsewhere"]
     wanted = {"script": Path(job.script).stem} | json.loads(json.dumps(dataclasses.asdict(args)))
     changed = [f"{name} {there.get(name)}, not {value}" for name, value in wanted.items()
-               if name not in module.FREE_ON_RESUME and there.get(name) != value]
+               if (name not in module.FREE_ON_RESUME or name == "total_timesteps") and there.get(name) != value]
     return [f"{run_dir} has {'; '.join(changed)}: move it elsewhere, or take another --runs-dir"] if changed else []
 
 
 def run_dirs(job, runs_dir):
     """Directories of a job, the newest last; a copy by another name is none."""
-    return sorted(path for path in runs_dir.glob(f"{job.name}__*") if path.name[len(job.name) + 2:].isdigit())
+    found = runs_dir.glob(f"{glob.escape(job.name)}__*")
+    return sorted(path for path in found if path.name[len(job.name) + 2:].isdigit())
 
 
 def newest_checkpoint(run_dir):
     """The path of a run's newest checkpoint, or None."""
-    step = lambda path: path.stem.split("_")[1]
+    step = lambda path: path.stem.removeprefix("checkpoint_")
     found = [path for path in run_dir.glob("checkpoint_*.npz") if step(path).isdigit()]
     return max(found, key=lambda path: int(step(path)), default=None)
 
@@ -228,12 +230,10 @@ def attempt(job, root, runs_dir, cpus, gpus, stop):
 # The sweep
 # ----------------------------------------------------------------------------------------------------------------------
 def latest(run_dir):
-    """(simulator step, mean return, mean cost of the newest evaluation or None) by the end of a run's episodes.csv."""
+    """(simulator step, mean return, mean cost of the newest evaluation or None) by a run's episodes.csv."""
     step, evaluation = 0, []
     with suppress(OSError, ValueError):
-        with open(run_dir / "episodes.csv", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            rows = [line.split(",") for line in file.read().decode().splitlines()[1:]]
+        rows = [line.split(",") for line in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
         rows = [row for row in rows if len(row) == 6]
         step = int(rows[-1][1]) if rows else 0
         newest = max((int(row[1]) for row in rows if row[0] == "eval"), default=None)

@@ -73,6 +73,8 @@ def load_rows(run, max_steps=None):
         raise SystemExit(f"{run} has no checkpoint")
     with np.load(found[-1]) as file:
         names = {name: f"['buffer'].rows.{name}" for name in spowl.Transition._fields}
+        if names["obs"] not in file:
+            raise SystemExit(f"{found[-1]} holds no replay buffer: it is an agent alone")
         rows = spowl.Transition(**{name: file[key] for name, key in names.items()})
         first = int(file["['buffer'].head"]) if len(rows.reward) == args.buffer_size // args.num_envs else 0
     count = len(rows.reward) if max_steps is None else max_steps // (args.num_envs * args.action_repeat)
@@ -223,9 +225,10 @@ def main(options):
     distance = None
     if "hazards_lidar" in places:
         distance = hazard_distance(stored, args.obs_transform, places["hazards_lidar"])
-    readings = []
-    for variant in options.variants:
-        label, script, chosen = read_variant(variant, vars(args))
+    readings, variants = [], [read_variant(variant, vars(args)) for variant in options.variants]
+    for *_, chosen in variants:
+        transformed(jax.tree.map(lambda x: x[:0], stored), args.obs_transform, chosen)  # or its line
+    for label, script, chosen in variants:
         rows = blinded(transformed(stored, args.obs_transform, chosen), [places[name] for name in options.without])
         learner = supervised if label.startswith("supervised") else probe
         for reading in learner(label, chosen, rows, distance, options, script):

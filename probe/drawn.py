@@ -50,17 +50,20 @@ def main(options):
     if options.episodes < 1:
         raise SystemExit("--episodes must be at least 1")
     try:
-        name = json.loads((options.run / "args.json").read_text())["script"]
+        info = json.loads((options.run / "args.json").read_text())
+        script, name = info["script"], "{env_id}__{exp_name}__{seed}".format(**info["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{options.run} is not a run: {error}")
-    if name not in SCRIPTS:
-        raise SystemExit(f"{options.run} is of {name}.py; only {', '.join(SCRIPTS)} are judged here")
+    if script not in SCRIPTS:
+        raise SystemExit(f"{options.run} is of {script}.py; only {', '.join(SCRIPTS)} are judged here")
     options.to.mkdir(parents=True, exist_ok=True)
-    script = import_module(name)
+    kept, script = options.to / f"{name}_args.json", import_module(script)
+    if kept.exists() and json.loads(kept.read_text()) != info:
+        raise SystemExit(f"{options.run}: another run is {name} in {options.to}: name another directory with --to")
     episodes, step = play_drawn(script, options.run, options.episodes)
     rows = [["drawn", step, each["environment"], f"{each['return']:.3f}", f"{each['cost']:g}", each["length"]]
             for each in episodes]
-    path = options.to / f"{options.run.resolve().name.rpartition('__')[0]}_drawn.csv"
+    path = options.to / f"{name}_drawn.csv"
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([script.COLUMNS, *rows])
     print(path)

@@ -134,10 +134,10 @@ def test_a_run_prints_its_budget():
 # ----------------------------------------------------------------------------------------------------------------------
 # benchmark/budget.py
 # ----------------------------------------------------------------------------------------------------------------------
-def kept(folder, task, asked, seed, episodes):
+def kept(folder, task, asked, seed, episodes, exp_name="budget"):
     """What benchmark/keep.py keeps of a run: evaluation episodes (split, step, return, cost), two rows of numbers."""
     name = f"Safety{task}-v0__budget__{seed}_{asked}"
-    args = {"env_id": f"Safety{task}-v0", "seed": seed, "cost_budget": asked}
+    args = {"env_id": f"Safety{task}-v0", "exp_name": exp_name, "seed": seed, "cost_budget": asked}
     (folder / f"{name}_args.json").write_text(json.dumps({"args": args}))
     numbers = [("step", "lagrangian/lambda", "train/cost"), (50, 0.01, 60), (100, 0.125, 4.5)]
     for what, rows in {"episodes": [("split", "step", "return", "cost"), *episodes], "numbers": numbers}.items():
@@ -167,6 +167,13 @@ def test_a_run_judged_between_evaluations_is_told(tmp_path):
     kept(tmp_path, "PointPush1", 5.0, 1, [("eval", 50, 9, 9), ("final", 70, 1, 2)])
     with pytest.raises(SystemExit, match="judged at step 70, at which training evaluated nothing"):
         budget.read_runs(tmp_path)
+
+
+def test_runs_of_two_names_are_not_seeds_of_one(tmp_path):
+    for exp_name, seed in (("full", 1), ("plan only", 2)):
+        kept(tmp_path, "PointPush1", 5.0, seed, [("eval", 50, 9, 9)], exp_name)
+    with pytest.raises(SystemExit, match="full and plan only both have a budget of 5 on PointPush1"):
+        budget.main(budget.Options(tmp_path))
 
 
 def test_no_runs_with_a_budget(tmp_path):

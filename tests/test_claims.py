@@ -118,7 +118,7 @@ def test_who_acts():
     found = {}
     for task in {task for task, _ in rows}:
         (both, spread), (policy, other) = rows[task, "plan or policy"], rows[task, "policy"]
-        found[task[6:-3]] = round(2 * scipy.stats.norm.sf(abs(both - policy) / np.hypot(spread, other) * 50**0.5), 2)
+        found[task[6:-3]] = round(2 * scipy.stats.norm.sf(abs(both - policy) / np.hypot(spread, other) * 49**0.5), 2)
     assert {task: p for task, p in found.items() if p < 0.05} == {"PointGoal2": 0.02, "PointPush1": 0.01}
     assert says("latency", "on PointGoal2 (p = 0.02) and PointPush1 (p = 0.01) only")
 

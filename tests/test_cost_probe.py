@@ -13,6 +13,7 @@ import pytest
 from conftest import leaves_equal, random_agent, saved_run, small_args
 
 import spowl_continuous as spowl
+from benchmark.kept import read_kept
 from probe import cost_probe, drawn, pretrained
 from spowl_continuous import Transition
 
@@ -221,15 +222,25 @@ def test_actions_are_drawn_in_a_baselines_evaluation(run):
 
 
 def test_drawn_episodes_are_written_as_kept_ones_are(tmp_path, monkeypatch, capsys):
-    directory = tmp_path / "Task-v0__name__3__123"
+    """Under the name that its flags give, not over another run's; those of an earlier step are told."""
+    directory, args = tmp_path / "moved", {"env_id": "Task-v0", "exp_name": "name", "seed": 3}
     directory.mkdir()
-    (directory / "args.json").write_text('{"script": "cpo"}')
+    (directory / "args.json").write_text(json.dumps({"script": "cpo", "args": args}))
     played = [{"environment": 0, "return": 1.23456, "cost": 7.0, "length": 1000, "balance": 0.0}]
     monkeypatch.setattr(drawn, "play_drawn", lambda script, run, count: (played * count, 50))
     drawn.main(drawn.Options(directory, tmp_path / "kept", episodes=2))
     path = tmp_path / "kept" / "Task-v0__name__3_drawn.csv"
     assert path.read_bytes() == b"split,step,environment,return,cost,length\n" + 2 * b"drawn,50,0,1.235,7,1000\n"
     assert capsys.readouterr().out == f"{path}\n"
+    other = json.dumps({"script": "cpo", "args": args | {"hidden": 1}})
+    (tmp_path / "kept" / "Task-v0__name__3_args.json").write_text(other)
+    with pytest.raises(SystemExit, match="another run is Task-v0__name__3"):
+        drawn.main(drawn.Options(directory, tmp_path / "kept"))
+    columns = "split,step,environment,return,cost,length"
+    for what, text in (("episodes", f"{columns}\neval,60,0,1,2,3\n"), ("numbers", "step\n60\n")):
+        (tmp_path / "kept" / f"Task-v0__name__3_{what}.csv").write_text(text)
+    with pytest.raises(SystemExit, match="drawn.csv is of step 50, not 60"):
+        read_kept(tmp_path / "kept")
 
 
 KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/*/args.json"))

@@ -54,10 +54,10 @@ def test_no_costs_would_be_missed():
 
     class Hazards:
         agent, size, cost, is_constrained = Agent, 0.5, 2.0, True
-        pos = [np.array([x, y, 0.0]) for x, y in ((1.3, 2.4), (1.0, 1.9), (1.0, 2.5), (4.0, 2.0))]
+        pos = [np.array([x, y, 0.0]) for x, y in ((1.3, 2.4), (1.0, 1.9), (1.2, 2.0), (4.0, 2.0))]
 
     cost = fast_simulator.hazards_cost(Hazards)["cost_hazards"]
-    np.testing.assert_allclose(cost, 2.0 * (0.0 + 0.4), atol=1e-12)
+    np.testing.assert_allclose(cost, 2.0 * (0.0 + 0.4 + 0.3), atol=1e-12)
     Hazards.is_constrained = False
     assert fast_simulator.hazards_cost(Hazards) == {}
 

@@ -109,6 +109,15 @@ def test_what_cannot_be_kept(run, tmp_path, missing, says):
         keep.main(keep.Options((run,), tmp_path / "kept"))
 
 
+def test_a_run_judged_where_training_evaluated_nothing(run, tmp_path):
+    """It would keep the folder from being read."""
+    text = (run / "evaluation.csv").read_text()
+    (run / "evaluation.csv").write_text(text.replace("eval,200", "eval,150"))
+    with pytest.raises(SystemExit, match="was judged at step 150, at which training evaluated nothing"):
+        keep.main(keep.Options((run,), tmp_path / "kept"))
+    assert not list((tmp_path / "kept").iterdir())
+
+
 def test_training_episodes_of_late(run):
     """The mean is over the latest `count` that had ended by then, at equal steps those that stand last."""
     assert keep.training(run, [100, 150, 200], count=1) == {

@@ -299,10 +299,13 @@ def test_a_missing_directory_is_named(tmp_path):
 
 
 def test_the_same_run_twice_is_refused(tmp_path):
+    """Also where they were evaluated at other steps."""
     runs = make_run(tmp_path / "one"), make_run(tmp_path / "two")
-    with pytest.raises(SystemExit, match="two runs of full on task with seed 1"):
-        plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=runs))
-    assert not (tmp_path / "rows.csv").exists()
+    for line in "eval,300,0,3.0,10.0,1000", "eval,100,0,3.0,10.0,1000":
+        (runs[1] / "episodes.csv").write_text(f"split,step,environment,return,cost,length\n{line}\n")
+        with pytest.raises(SystemExit, match="one and .*two are two runs of full on task with seed 1"):
+            plot.main(plot.Options(csv=tmp_path / "rows.csv", runs=runs))
+        assert not (tmp_path / "rows.csv").exists()
 
 
 def test_runs_of_several_machines_gather_in_one_table(tmp_path):
@@ -329,12 +332,16 @@ def test_runs_of_several_machines_gather_in_one_table(tmp_path):
 def test_a_grids_files_stand_beside_its_runs(tmp_path):
     """Not over the committed ones, where none is named."""
     (tmp_path / "runs").mkdir()
-    run_dir, grid = make_run(tmp_path / "runs" / "one"), tmp_path / "mine.yaml"
+    run_dir, grid = make_run(tmp_path / "runs" / "one"), tmp_path / "mine.v2.yaml"
     grid.write_text("title: t\ntasks: [task]\nscales:\n  two_cores: {seeds: [1]}\n"
                     "settings:\n  full: {label: n, script: s}\n")
     plot.main(plot.Options(runs=(run_dir,), grid=grid, table=tmp_path / "t.md"))
-    assert {path.name for path in run_dir.parent.iterdir()} == {"one", "mine_two_cores.csv", "mine_two_cores.png"}
+    assert {path.name for path in run_dir.parent.iterdir()} == {"one", "mine.v2_two_cores.csv", "mine.v2_two_cores.png"}
     assert (tmp_path / "t.md").exists()
+    with pytest.raises(SystemExit, match="--paper and --table need --grid"):
+        plot.main(plot.Options(csv=run_dir.parent / "mine.v2_two_cores.csv", paper=PAPER, table=tmp_path / "t.md"))
+    with pytest.raises(SystemExit, match="has no rows"):
+        plot.main(plot.Options(csv=tmp_path, picture=tmp_path / "p.png"))  # a folder in which nothing is kept
 
 
 def test_no_row_is_replaced_by_nothing(tmp_path):
