@@ -437,6 +437,8 @@ def main(options):
     grid = read_grid(options.grid, options.scale) if options.grid else None
     if not grid and not options.csv:
         raise SystemExit("--csv or --grid is needed: the table to write or to read")
+    if options.paper and options.table and not grid:
+        raise SystemExit("--paper and --table need --grid: it says what a run's script and flags are")
     if grid:
         beside = (options.runs[0].parent if options.runs else RESULTS) / f"{options.grid.stem}_{options.scale}"
         names = {name: getattr(options, name) or Path(f"{beside}{suffix}")
@@ -466,8 +468,6 @@ def main(options):
         write_rows(options.csv, rows)
     if not (rows := read_rows(options.csv)):
         raise SystemExit(f"--csv {options.csv} has no rows")
-    if options.paper and options.table and not grid:
-        raise SystemExit("--paper and --table need --grid: it says what a run's script and flags are")
     grid = grid or grid_of(rows)
     if options.picture:
         draw(rows, grid, options.picture, options.cost_line)

@@ -138,8 +138,9 @@ def differences(job, runs_dir, module, args):
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{run_dir} is not a run directory: {error}; move it elsewhere"]
     wanted = {"script": Path(job.script).stem} | json.loads(json.dumps(dataclasses.asdict(args)))
+    free = set(module.FREE_ON_RESUME) - {"total_timesteps"}  # it paces the multiplier
     changed = [f"{name} {there.get(name)}, not {value}" for name, value in wanted.items()
-               if (name not in module.FREE_ON_RESUME or name == "total_timesteps") and there.get(name) != value]
+               if name not in free and there.get(name) != value]
     return [f"{run_dir} has {'; '.join(changed)}: move it elsewhere, or take another --runs-dir"] if changed else []
 
 
