@@ -250,9 +250,9 @@ class SafePolicy:
     lagrangian_agg: Literal["mean", "max"] = "mean"
     """how those heads are joined (Fig. 8)"""
     lambda_init: NotNegative = 1e-6
-    """first Lagrange multiplier"""
+    """first Lagrange multiplier; with --cost-budget it begins at 0.02"""
     lambda_max: float = 10.0
-    """cap on the Lagrange multiplier"""
+    """cap on the Lagrange multiplier; with --cost-budget it is at most 10"""
     mu_init: Positive = 5e-9
     """first penalty mu of a run of 1,000,000 updates; a shorter run's is as much larger as its updates are fewer"""
     mu_growth: NotNegative = 5e-6
@@ -416,7 +416,7 @@ def cost_bins(args):
 
 def cost_two_hot(args, x):
     """(...) -> (..., M): the distribution that stands for a cost. Under --cost-read-out expectation its mean is x:
-    were the weights taken in log space, it would be up to 0.5% more, and bootstrapping would multiply that."""
+    were the weights taken in log space, it would be up to 4% more, and bootstrapping would multiply that."""
     if args.cost_read_out == "symlog":
         return two_hot(x, args.num_bins, args.bin_limit)
     bins = cost_bins(args)
@@ -1613,10 +1613,10 @@ def evaluate_run(args):
         episodes, frames = evaluate(args, trees["agent"], ask)
     step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
     print(summary(args, episodes, step, cost_rate, time.monotonic() - began))
-    print("what the cost critics knew; read is what they said, followed what came (docs/spowl_continuous.md):")
-    print(*(f"{tag} {value:.3g}" for tag, value in critic_metrics(args, trees["agent"], episodes).items()), sep="\n")
     columns = (*COLUMNS, "balance")
     write_csv(run_dir / "evaluation.csv", columns, [["eval", step, *map(each.get, columns[2:])] for each in episodes])
+    print("what the cost critics knew; read is what they said, followed what came (docs/spowl_continuous.md):")
+    print(*(f"{tag} {value:.3g}" for tag, value in critic_metrics(args, trees["agent"], episodes).items()), sep="\n")
     print("episodes:", run_dir / "evaluation.csv")
     if frames:
         write_video(path := run_dir / "videos" / f"evaluation_{step}.mp4", frames)

@@ -1375,10 +1375,10 @@ def evaluate_run(args):
         episodes, frames = evaluate(args, trees["agent"], ask)
     step, cost_rate = counters["step"], counters["cost"] / max(counters["simulated"], 1)
     print(summary(args, episodes, step, cost_rate, time.monotonic() - began))
-    print("what the cost critics knew; read is what they said, followed what came (docs/spowl_continuous.md):")
-    print(*(f"{tag} {value:.3g}" for tag, value in critic_metrics(args, trees["agent"], episodes).items()), sep="\n")
     columns = (*COLUMNS, "balance")
     write_csv(run_dir / "evaluation.csv", columns, [["eval", step, *map(each.get, columns[2:])] for each in episodes])
+    print("what the cost critics knew; read is what they said, followed what came (docs/spowl_continuous.md):")
+    print(*(f"{tag} {value:.3g}" for tag, value in critic_metrics(args, trees["agent"], episodes).items()), sep="\n")
     print("episodes:", run_dir / "evaluation.csv")
     if frames:
         write_video(path := run_dir / "videos" / f"evaluation_{step}.mp4", frames)

@@ -213,7 +213,7 @@ def test_every_reader_takes_costs_as_expectations(monkeypatch):
 
 def test_bootstrapping_does_not_drift():
     """Iterating c + gamma_c x (read-out of the target) at gamma_c = 0.997 ends at c / (1 - gamma_c): a step of two-hot
-    and read-out is exact, where weights taken in log space would add up to 0.5% each time and diverge."""
+    and read-out is exact, where weights taken in log space would add up to 4% each time and diverge."""
     args = dataclasses.replace(EXPECTATION, cost_gamma=0.997)
     step = jax.jit(lambda x: cost_read_out(args, jnp.log(cost_two_hot(args, jnp.array([0.3, 0.0, 1.0]) + 0.997 * x))))
     value = jnp.zeros(3)

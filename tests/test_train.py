@@ -764,6 +764,17 @@ def test_an_evaluation_that_cannot_be_written_is_told_nevertheless(played, main,
     assert SUMMARY.search(printed) and f"Is a directory: '{played / 'evaluation.csv'}'" in message
 
 
+def test_an_evaluation_is_written_before_its_diagnostics(played, main, monkeypatch):
+    """Which may find no memory for all its episodes."""
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(spowl, "critic_metrics", fail)
+    printed, message = main("--evaluate", played)
+    assert SUMMARY.search(printed) and "the memory is full" in message
+    assert len(rows_of(played / "evaluation.csv")) == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Two processes, Weights & Biases
 # ----------------------------------------------------------------------------------------------------------------------
