@@ -226,10 +226,9 @@ def main(options):
     if "hazards_lidar" in places:
         distance = hazard_distance(stored, args.obs_transform, places["hazards_lidar"])
     readings, variants = [], [read_variant(variant, vars(args)) for variant in options.variants]
-    for *_, chosen in variants:
-        transformed(jax.tree.map(lambda x: x[:0], stored), args.obs_transform, chosen)  # or its line
-    for label, script, chosen in variants:
-        rows = blinded(transformed(stored, args.obs_transform, chosen), [places[name] for name in options.without])
+    seen = [transformed(stored, args.obs_transform, chosen) for *_, chosen in variants]
+    for (label, script, chosen), rows in zip(variants, seen):
+        rows = blinded(rows, [places[name] for name in options.without])
         learner = supervised if label.startswith("supervised") else probe
         for reading in learner(label, chosen, rows, distance, options, script):
             print(*(f"{name} {value}" for name, value in zip(COLUMNS, reading)), sep=", ", flush=True)

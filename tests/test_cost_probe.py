@@ -243,12 +243,23 @@ def test_drawn_episodes_are_written_as_kept_ones_are(tmp_path, monkeypatch, caps
         read_kept(tmp_path / "kept")
 
 
+@pytest.mark.parametrize("variant, says", [("raw: --obs-transform raw", "need a run with raw observations"),
+                                           ("x: gone.py", "gone.py does not exist")])
+def test_a_later_variant_is_refused_before_anything_is_trained(run, monkeypatch, variant, says):
+    monkeypatch.setattr(cost_probe, "probe", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(cost_probe, "sensors", lambda _: {})
+    with pytest.raises(SystemExit, match=says):
+        cost_probe.main(cost_probe.Options(run[0], variants=("log: --obs-transform log", variant), held_out=1))
+
+
 KEPT = sorted(Path(__file__).resolve().parent.parent.glob("benchmark/pretrained/*/args.json"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
 def test_what_is_committed_can_be_evaluated(path):
     """Its flags are those of today's script and its arrays fit; it is small."""
+    with pytest.raises(SystemExit, match="holds no replay buffer"):
+        cost_probe.load_rows(path.parent)
     args = spowl.parse_args(["--evaluate", str(path.parent)])
     size = {"SafetyPointGoal1-v0": 60, "SafetyCarGoal1-v0": 72}[args.env_id]
     template = jax.eval_shape(lambda key: spowl.init_agent(args, key, size, 2), jax.random.key(0))

@@ -222,6 +222,21 @@ def test_a_run_with_other_flags_is_not_taken(tmp_path):
         sweep.jobs_of(grid, tmp_path)
 
 
+def test_a_run_is_found_whatever_its_name(tmp_path):
+    """A setting may have brackets, which a pattern would take for a choice."""
+    job = sweep.Job("task__x[1]__1", "script.py", (), 100)
+    (tmp_path / "task__x[1]__1__7").mkdir()
+    (tmp_path / "task__x1__1__8").mkdir()
+    assert sweep.run_dirs(job, tmp_path) == [tmp_path / "task__x[1]__1__7"]
+
+
+def test_the_latest_evaluation_is_whole_however_long_ago(tmp_path):
+    rows = ["split,step,environment,return,cost,length", *(f"eval,10,{i},{i},{2 * i},1000" for i in range(20)),
+            *("train,20,0,1.0,2.0,1000" for _ in range(500))]
+    (tmp_path / "episodes.csv").write_text("\n".join(rows))
+    assert sweep.latest(tmp_path) == (20, 9.5, 19.0)
+
+
 def test_the_latest_of_a_run(tmp_path):
     assert sweep.latest(tmp_path) == (0, None, None)
     rows = [("train", 10, 0, 1.0, 2.0, 5), ("eval", 10, 0, 1.0, 3.0, 5), ("eval", 20, 0, 2.0, 4.0, 5),
