@@ -39,7 +39,7 @@ Differs from spowl_continuous.py in
     added: with_cameras - the two cameras
     removed: OBS_BINS, OBS_LIMIT, spread_obs - of lidars
     changed: PRESETS - 100,000 steps, all of them kept; half the batch
-    changed: rules - a sequence takes one row more, the last picture's
+    changed: rules - a sequence takes one row more, the last picture's; --obs-transform is raw
     changed: init_model, encode - pictures in the place of a vector
     changed: init_buffer, add, sample - pictures in whole numbers from 0 to 255, kept once; stacks; shifts
     changed: Actor, init_actor, act - the last two pictures are carried along
@@ -55,7 +55,7 @@ Differs from spowl_continuous.py in
             A_pi = policy sequences from z;  d_R, d_c = mean return and mean cost of A_pi
             repeat: sample sequences around (mean, std), join A_pi, score all in the model,
                     elites = the best k with return >= d_R and cost <= d_c (none: A_pi), refit (mean, std)
-            a = the plan's action if it is at least as good as the policy's in Q and in Qc, else the policy's
+            a = the plan's action unless it is clearly worse than the policy's in Q or in Qc, else the policy's
             step the simulator, add the transition to the replay ring
         for every agent step just collected:
             sample sequences, stack and shift their pictures, update the world model (Eq. 5 with the targets of Eq. 6),
@@ -301,8 +301,8 @@ class Planning:
     plan_cost_agg: Literal["max", "mean"] = "max"
     """how the heads of the one-step cost are joined within the horizon"""
     switch_rule: Literal["bootstrap", "means"] = "bootstrap"
-    """when the plan counts as at least as good as the policy: against the 95% bootstrap bounds of the policy's
-    ensemble means (the authors' release), or mean against mean (the paper's text)"""
+    """what the plan's ensemble means are compared with: the 95% bootstrap bounds of the policy's, so that the plan must
+    not be clearly worse (as the authors' release), or the policy's means (the paper's text)"""
     bootstrap_samples: Count = 1000
     """resamples of the heads behind those bounds"""
 
@@ -348,6 +348,7 @@ def rules(args):
         (args.eval_every % args.train_every == 0, "--eval-every must be a multiple of --train-every"),
         (args.buffer_size // args.num_envs > args.horizon + 1,
          "--buffer-size must hold more than --horizon + 1 transitions per environment"),
+        (args.obs_transform == "raw", "--obs-transform is for vectors: pictures need raw"),
         (args.cost_read_out == "symlog" or args.cost_gamma < 1,
          "--cost-gamma must be smaller than 1 with --cost-read-out expectation, whose bins end at the largest cost"),
         (args.num_pi_trajs < args.num_samples, "--num-pi-trajs must be smaller than --num-samples"),
@@ -668,8 +669,7 @@ def add(buffer, transition):
 @partial(jax.jit, donate_argnames="buffer")
 def cut_episodes(buffer, cut):
     """Mark the newest row as an episode's end (a truncation) where `cut` (E,): what is added next cannot join it."""
-    newest = buffer.rows.done[buffer.head - 1]
-    done = buffer.rows.done.at[buffer.head - 1].set(jnp.where(cut, 1.0, newest))
+    done = buffer.rows.done.at[buffer.head - 1].max(cut)
     return buffer._replace(rows=buffer.rows._replace(done=done))
 
 
@@ -799,12 +799,13 @@ def bootstrap_bounds(args, values, key):
 
 
 def prefer_plan(args, q_plan, q_policy, qc_plan, qc_policy, key):
-    """(K,) each -> bool: the plan's action is at least as good as the policy's in both values (Algorithm 2)."""
-    if args.switch_rule == "means":
-        return (q_plan.mean() >= q_policy.mean()) & (qc_plan.mean() <= qc_policy.mean())
-    key_q, key_qc = jax.random.split(key)
-    return (q_plan.mean() >= bootstrap_bounds(args, q_policy, key_q)[0]) & (
-        qc_plan.mean() <= bootstrap_bounds(args, qc_policy, key_qc)[1])
+    """(K,) each -> bool: the plan's action is no worse than the policy's in either value (Algorithm 2), up to what
+    the bootstrap bounds of the policy's value leave open (METHOD §6)."""
+    lowest_q, highest_qc = q_policy.mean(), qc_policy.mean()
+    if args.switch_rule == "bootstrap":
+        key_q, key_qc = jax.random.split(key)
+        lowest_q, highest_qc = bootstrap_bounds(args, q_policy, key_q)[0], bootstrap_bounds(args, qc_policy, key_qc)[1]
+    return (q_plan.mean() >= lowest_q) & (qc_plan.mean() <= highest_qc)
 
 
 def decide(args, model, policy, z, last_mean, key, explore):
@@ -947,11 +948,9 @@ def augmented_lagrangian(args, violation, multiplier, penalty):
 
 
 def episode_costs(buffer):
-    """(E,): the cost of each environment's latest whole episode in the ring, NaN where none has ended."""
-    age = jnp.arange(len(buffer.rows.done))  # 0: the newest row
-    row, filled = (buffer.head - 1 - age) % age.size, (age < buffer.size)[:, None]
-    done, cost = (jnp.where(filled, x[row], 0.0) for x in (buffer.rows.done, buffer.rows.cost))
-    ends = jnp.cumsum(done, axis=0)  # at and after a row: its latest whole episode has 1, what has begun since has 0
+    """(E,): the cost, as far as the ring holds it, of each environment's latest episode that ended; NaN without one."""
+    done, cost = (jnp.roll(x, -buffer.head, axis=0)[::-1] for x in (buffer.rows.done, buffer.rows.cost))  # newest first
+    ends = jnp.cumsum(done, axis=0)  # at and after a row: the latest that ended has 1, what has begun since has 0
     return jnp.where(ends[-1] > 0, jnp.sum(cost * (ends == 1), axis=0), jnp.nan)
 
 
@@ -1343,8 +1342,8 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
         if isinstance(answer, str):
             ask("close")
             who = f"{('training', 'evaluation')[stream]} environment {', '.join(map(str, group))} of {args.env_id}"
-            hint = "; --capture-video needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri" * drawn
-            found = bool(re.search("egl|osmesa|opengl|glfw|mujoco_gl", answer, re.IGNORECASE))
+            hint = "; drawing needs EGL or OSMesa (MUJOCO_GL=osmesa): apt-get install libegl1 libgl1-mesa-dri"
+            found = bool(re.search("egl|osmesa|opengl|glfw" + "|mujoco_gl" * drawn, answer, re.IGNORECASE))
             raise ChildProcessError(f"{who} (seed {args.seed}): {answer}" + hint * found)
         return answer
 
@@ -1596,10 +1595,10 @@ def begin(args, ask, sizes):
     where, nothing = device(), np.zeros((args.num_envs, 3))
     make, key = partial(fresh, args, sizes), jax.random.key(args.seed)
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make, key)["buffer"])) / 2**30
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), needed * (1 + (where.platform == "cpu"))
     if needed > (there := (where.memory_stats() or {}).get("bytes_limit", there) / 2**30):
-        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB, {where} has {there:.1f}: lower --buffer-size "
-                         "(--train-every, where one rollout is kept)")
+        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB (on a CPU with a checkpoint's copy), {where} has "
+                         f"{there:.1f}: lower --buffer-size (--train-every, where one rollout is kept)")
     if not args.resume:
         obs, episodes = ask("reset", [(0, [])] * args.num_envs)
         return Run(**jax.jit(make)(key), step=0, completed=0, simulated=0, cost=0.0, episodes=episodes, so_far=nothing,
@@ -1632,7 +1631,7 @@ def collect(args, ask, run):
     acting = time.monotonic() - began
     obs, episodes, row, steps = ask("step", action)
     check_finite(f"at step {step:,}", obs, action, row)
-    if row.cost.min() < 0 or row.cost.max() > 3 * args.action_repeat:  # three kinds of obstacle may cost at once
+    if row.cost.min() < 0 or row.cost.max() > args.action_repeat:
         tell("costs below 0 or above 1 a simulator step: the agent takes no more than its bins hold (docs/your_own.md)")
     so_far, rows = run.so_far + np.stack([row.reward, row.cost, steps], 1), run.rows
     for index in np.flatnonzero(row.done).tolist():

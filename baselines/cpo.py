@@ -402,8 +402,7 @@ def add(buffer, transition):
 @partial(jax.jit, donate_argnames="buffer")
 def cut_episodes(buffer, cut):
     """Mark the newest row as an episode's end (a truncation) where `cut` (E,): what is added next cannot join it."""
-    newest = buffer.rows.done[buffer.head - 1]
-    done = buffer.rows.done.at[buffer.head - 1].set(jnp.where(cut, 1.0, newest))
+    done = buffer.rows.done.at[buffer.head - 1].max(cut)
     return buffer._replace(rows=buffer.rows._replace(done=done))
 
 
@@ -899,8 +898,8 @@ def start_envs(args, stream, num_envs, drawn=False, start_method="fork"):
         if isinstance(answer, str):
             ask("close")
             who = f"{('training', 'evaluation')[stream]} environment {', '.join(map(str, group))} of {args.env_id}"
-            hint = "; --capture-video needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri" * drawn
-            found = bool(re.search("egl|osmesa|opengl|glfw|mujoco_gl", answer, re.IGNORECASE))
+            hint = "; drawing needs EGL or OSMesa (MUJOCO_GL=osmesa): apt-get install libegl1 libgl1-mesa-dri"
+            found = bool(re.search("egl|osmesa|opengl|glfw" + "|mujoco_gl" * drawn, answer, re.IGNORECASE))
             raise ChildProcessError(f"{who} (seed {args.seed}): {answer}" + hint * found)
         return answer
 
@@ -1152,10 +1151,10 @@ def begin(args, ask, sizes):
     where, nothing = device(), np.zeros((args.num_envs, 3))
     make, key = partial(fresh, args, sizes), jax.random.key(args.seed)
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make, key)["buffer"])) / 2**30
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), needed * (1 + (where.platform == "cpu"))
     if needed > (there := (where.memory_stats() or {}).get("bytes_limit", there) / 2**30):
-        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB, {where} has {there:.1f}: lower --buffer-size "
-                         "(--train-every, where one rollout is kept)")
+        raise SystemExit(f"the replay buffer needs {needed:.1f} GiB (on a CPU with a checkpoint's copy), {where} has "
+                         f"{there:.1f}: lower --buffer-size (--train-every, where one rollout is kept)")
     if not args.resume:
         obs, episodes = ask("reset", [(0, [])] * args.num_envs)
         return Run(**jax.jit(make)(key), step=0, completed=0, simulated=0, cost=0.0, episodes=episodes, so_far=nothing,
@@ -1188,7 +1187,7 @@ def collect(args, ask, run):
     acting = time.monotonic() - began
     obs, episodes, row, steps = ask("step", action)
     check_finite(f"at step {step:,}", obs, action, row)
-    if row.cost.min() < 0 or row.cost.max() > 3 * args.action_repeat:  # three kinds of obstacle may cost at once
+    if row.cost.min() < 0 or row.cost.max() > args.action_repeat:
         tell("costs below 0 or above 1 a simulator step: the agent takes no more than its bins hold (docs/your_own.md)")
     so_far, rows = run.so_far + np.stack([row.reward, row.cost, steps], 1), run.rows
     for index in np.flatnonzero(row.done).tolist():

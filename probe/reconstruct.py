@@ -82,12 +82,16 @@ def main(options):
         raise SystemExit(f"{options.run} was not trained with --inputs vision")
     if not 0 <= options.environment < args.num_envs:
         raise SystemExit(f"--environment must be from 0 to {args.num_envs - 1}")
+    if min(options.seen, options.imagined) < 1:
+        raise SystemExit("--seen and --imagined must be at least 1")
     if not options.picture.parent.is_dir():
         raise SystemExit(f"--picture {options.picture}: there is no directory {options.picture.parent}")
     obs_dim, found = safedreamer.PIXELS**2 * safedreamer.COLOURS, safedreamer.checkpoints(options.run)
     if not found:
         raise SystemExit(f"{options.run} has no checkpoint")
     with np.load(found[-1]) as file:
+        if "['buffer'].rows.action" not in file:
+            raise SystemExit(f"{found[-1]} holds no replay buffer: it is an agent alone")
         actions = file["['buffer'].rows.action"].shape[-1]
     shapes = jax.eval_shape(partial(safedreamer.fresh, args, (obs_dim, actions)), jax.random.key(0))
     trees, _ = safedreamer.load_checkpoint(options.run, {name: shapes[name] for name in ("agent", "buffer")})

@@ -661,7 +661,7 @@ def test_a_process_that_cannot_draw_fails_at_its_start(scripted_envs, monkeypatc
     with pytest.raises(ChildProcessError) as stop:
         scripted_envs(Scripted(), stream=1, drawn=True)
     said = f"evaluation environment 0 of Scripted-v0 (seed 1): RuntimeError: {why} (<string>, line 1)"
-    needed = "; --capture-video needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri"
+    needed = "; drawing needs EGL or OSMesa (MUJOCO_GL=osmesa): apt-get install libegl1 libgl1-mesa-dri"
     assert str(stop.value) == said + needed * hint
     scripted_envs(Scripted(), stream=1)
 
@@ -1023,9 +1023,9 @@ def test_the_tasks_of_the_paper_are_known():
 
 
 @pytest.mark.parametrize("costs, told", [
-    ((0.0, 5.0), 0), ((0.0, 15.0), 0), ((-0.1, 1.0), 1), ((0.0, 15.1), 1), ((1e6, -1.0), 1)])
+    ((0.0, 5.0), 0), ((-0.1, 1.0), 1), ((0.0, 5.1), 1), ((1e6, -1.0), 1)])
 def test_unusual_costs_are_told_once(monkeypatch, capfd, costs, told):
-    """Below 0, or above what three kinds of obstacles cost at once, 3 a simulator step."""
+    """Below 0, or above 1 a simulator step, which is also what several obstacles at once cost here."""
     spowl.tell.cache_clear()
     args, zeros = small_args(num_envs=2, action_repeat=5, learning_starts=10_000), np.zeros((2, 3), np.float32)
     row = spowl.Transition(zeros, zeros[:, :1], zeros[:, 0], np.float32(costs), zeros, zeros[:, 0], zeros[:, 0])

@@ -206,7 +206,7 @@ def test_a_place_that_cannot_hold_runs_is_told_in_one_line(scripted, main, tmp_p
 
 def test_a_buffer_that_cannot_fit_is_refused(monkeypatch):
     """Before an environment is asked for anything; one that fits is not."""
-    with pytest.raises(SystemExit, match=r"^the replay buffer needs \d+\.\d GiB, .* has \d+\.\d: lower --buffer-size "):
+    with pytest.raises(SystemExit, match=r"^the replay buffer needs \d+\.\d GiB .*, .* has \d+\.\d: lower --buf"):
         spowl.begin(parse_args(["--buffer-size", "1e11"]), None, (60, 2))
     with pytest.raises(ZeroDivisionError):
         spowl.begin(parse_args([]), lambda *_: 1 / 0, (60, 2))
@@ -215,7 +215,7 @@ def test_a_buffer_that_cannot_fit_is_refused(monkeypatch):
 @pytest.mark.parametrize("words, variables, expected", [
     ("", {"MUJOCO_GL": "foo"}, "^.*MUJOCO_GL: foo$"),
     ("--capture-video", {"MUJOCO_GL": "disable"},
-     "evaluation environment 0(, 1)? of .*; --capture-video needs EGL or OSMesa"),
+     "evaluation environment 0(, 1)? of .*; drawing needs EGL or OSMesa"),
     ("--env-id SafetyPointGoal1Vision-v0", {}, "SafetyPointGoal1Vision-v0 .*observations must be flat vectors: "),
     ("", {"JAX_PLATFORMS": "cuda"}, "^JAX finds no device: .*cuda"),
     ("", {"JAX_ENABLE_X64": "1"}, "^JAX_ENABLE_X64 is set: "),

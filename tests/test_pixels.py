@@ -266,6 +266,12 @@ def test_a_ring_has_room_for_a_sequence_and_one_more_picture():
     assert px.parse_args("--learning-starts 200 --buffer-size 50".split()).buffer_size == 50
 
 
+def test_pictures_are_not_transformed():
+    """bins would draw each picture four times, and give the same one."""
+    with pytest.raises(SystemExit, match="--obs-transform is for vectors: pictures need raw"):
+        px.parse_args(["--obs-transform", "bins"])
+
+
 def test_the_preset_fits_a_laptop():
     """20,000 transitions of 24.6 kB: half a gigabyte."""
     args = px.parse_args(["--preset", "laptop"])
@@ -277,11 +283,13 @@ def test_the_preset_fits_a_laptop():
 
 @pytest.mark.long
 def test_a_real_run_goes_on_to_the_bit(place):
-    """What is drawn is the same again: stopped in the middle, a run ends as an uninterrupted one."""
+    """What is drawn is the same again: stopped in the middle, a run ends as an uninterrupted one. (mu stays 1: its
+    schedule is that of the run's length.)"""
     draws, reason = can_draw()
     if not draws:
         pytest.skip(reason)
-    script, flags = ROOT / "ablations" / "spowl_pixels.py", [*POINT, "--channels", 4, "--total-timesteps", 2000]
+    script = ROOT / "ablations" / "spowl_pixels.py"
+    flags = [*POINT, "--channels", 4, "--mu-init", 1, "--mu-growth", 0, "--total-timesteps", 2000]
     whole = train(place, *flags, script=script)
     half = train(place, *flags[:-1], 1000, script=script)
     run(place, "--resume", half.dir, "--total-timesteps", 2000, script=script)

@@ -85,6 +85,7 @@ def test_a_picture_of_a_run(run, tmp_path, capsys):
 
 def test_what_cannot_be_drawn(run, tmp_path):
     for changes, said in (({"environment": 2}, "--environment must be from 0 to 1"),
+                          ({"seen": 0}, "must be at least 1"), ({"imagined": 0}, "must be at least 1"),
                           ({"picture": tmp_path / "none" / "p.png"}, "there is no directory")):
         with pytest.raises(SystemExit, match=said):
             reconstruct.main(dataclasses.replace(reconstruct.Options(run, tmp_path / "p.png"), **changes))

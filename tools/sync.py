@@ -10,6 +10,7 @@ shares the definitions listed there, the imports, and what surrounds the method 
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,7 @@ KINDS = ("changed", "removed", "added", "flags")
 SURROUND = "# From here on, what surrounds the method"
 
 
+@cache
 def relation(source):
     """How a script is related to which other one, and the lines that say in what: "Differs from" or "Shares with"."""
     found = re.search(r"(Differs from|Shares with) (\S+\.py).*\n((?: {4}.*\n?)+)", ast.get_docstring(ast.parse(source)))
@@ -59,6 +61,7 @@ def flags_of(node):
     return {name_of(field) for field in node.body if isinstance(field, ast.AnnAssign)} if dataclass else set()
 
 
+@cache
 def segments(source):
     """(name, what stands above it, its own text, its syntax tree) of every statement after the module's docstring."""
     lines, tree = source.splitlines(keepends=True), ast.parse(source)
