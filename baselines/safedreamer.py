@@ -205,8 +205,8 @@ class WorldModel:
     cost_read_out: Literal["symlog", "expectation"] = "symlog"
     """how logits stand for a cost: as for rewards, which reads rare costs low, or as the expectation over [0, C], C the
     largest possible discounted cost (see cost_bins)"""
-    unimix: Share = 0.01
-    """share of the uniform distribution in every categorical variable"""
+    unimix: Annotated[float, (1e-6, 1.0)] = 0.01
+    """share of the uniform distribution in every categorical variable; at 0 a divergence may not be finite"""
     free_bits: NotNegative = 1.0
     """KL divergence, in nats, below which it is not trained on"""
     dynamics_coef: NotNegative = 0.5

@@ -935,6 +935,7 @@ def test_the_cameras_see(place):
     ("--learning-starts 7500", "--learning-starts must be at most --train-every, or a multiple of it"),
     ("--buffer-size 63", "--buffer-size must hold --num-envs x --window = 64 transitions"),
     ("--updates-per-step 0.0003", "--updates-per-step must make a whole number of updates"),
+    ("--unimix 0", "--unimix must be positive and at most 1"),
     ("--min-std 1.5", "--min-std must be at most --max-std")])
 def test_flags_that_cannot_be(flags, says):
     with pytest.raises(SystemExit, match=re.escape(says)):
