@@ -154,14 +154,23 @@ def test_by_the_mean_or_drawn():
 
 def test_what_all_of_training_cost():
     """SPOWL told what an episode may cost, and the methods without a model under the same limits, in thousands."""
-    cost = {}
+    cost, halfway, late = {}, {}, {}
     for run in (run for folder in ("budget", "rivals") for run in read_kept(RESULTS / folder)):
         if run.args["env_id"] == TASK:
             total = run.last * float(run.numbers[run.last]["charts/cost_rate"])
             cost.setdefault(run.args["exp_name"], []).append(round(total / 1000))
+            late.setdefault(run.args["exp_name"], []).append(round(float(run.numbers[run.last]["train/cost"]), 1))
+            if 2_000_000 in run.numbers:
+                halfway[run.args["exp_name"]] = round(2000 * float(run.numbers[2_000_000]["charts/cost_rate"]))
     assert (cost["budget_25"], cost["ppo_lagrangian_25_bins"], cost["cpo_25_bins"]) == ([9, 9], [141], [132])
     assert (cost["budget_2"], cost["ppo_lagrangian_2_fast_bins"]) == ([4, 6], [62])
-    assert says("rivals", "cost: 9,000, PPOLag's and CPO's 141,000 and 132,000", "cost 4,000 and 6,000 against 62,000")
+    assert (halfway["ppo_lagrangian_25_bins"], halfway["cpo_25_bins"]) == (73, 53)
+    assert (late["budget_2"], late["ppo_lagrangian_2_fast_bins"]) == ([2.2, 4.0], [6.5])
+    assert late["ppo_lagrangian_25_bins"] == [21.8]
+    assert says(
+        "rivals", "for a cost of 9,000 in all of training", "for 73,000 and 53,000 (141,000 and 132,000 in all)",
+        "cost 4,000 and 6,000 against 62,000, its last 100 episodes 2.2 and 4.0 against 6.5 each",
+        "(its last 100 training episodes cost 21.8)")
 
 
 @pytest.mark.parametrize("page, folder, name, count, form", [
