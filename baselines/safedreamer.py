@@ -273,7 +273,7 @@ class Constraint:
     mu_max: Positive = 1.0
     """cap of mu"""
     episode_length: Count = 1000
-    """simulator steps of an episode"""
+    """simulator steps that the planner's predicted costs are stretched to before they meet cost_limit"""
     pid_kp: NotNegative = 0.1
     """gain of the controller's smoothed error"""
     pid_ki: NotNegative = 0.01
@@ -356,6 +356,7 @@ def rules(args):
          "--cost-gamma must be smaller than 1 with --cost-read-out expectation, whose bins end at the largest cost"),
         (args.num_elites <= args.num_samples, "--num-elites must be at most --num-samples"),
         (args.min_std <= args.max_std, "--min-std must be at most --max-std"),
+        (args.mu_init <= args.mu_max, "--mu-init must be at most --mu-max"),
         (not (args.resume and args.evaluate), "--resume and --evaluate exclude each other"),
     ]
 
@@ -860,21 +861,14 @@ def control(args, pid, cost, active):
 def finished_costs(args, buffer):
     """(R, E): costs of the episodes that ended in the R agent steps since the last block of updates, and where.
 
-    An episode that ends in them may have begun before: costs are summed from an episode's length further back."""
+    An episode that ends in them may have begun before: its costs are summed as far back as the ring goes."""
     block = args.train_every // (args.num_envs * args.action_repeat)
-    capacity, num_envs = buffer.rows.cost.shape
-    count = min(capacity, block + -(-args.episode_length // args.action_repeat))
-    ages = jnp.arange(count, 0, -1)
-    rows, there = (buffer.head - ages) % capacity, (ages <= buffer.size)[:, None]
-    cost, done = buffer.rows.cost[rows] * there, (buffer.rows.done[rows] > 0) & there
-
-    def step(running, each):
-        cost, done = each
-        total = running + cost
-        return jnp.where(done, 0.0, total), total
-
-    _, totals = jax.lax.scan(step, jnp.zeros(num_envs), (cost, done))
-    return totals[-block:], done[-block:]
+    cost, done = (jnp.roll(x, -buffer.head, axis=0) for x in (buffer.rows.cost, buffer.rows.done))  # oldest first
+    paid = jnp.concatenate([jnp.zeros_like(cost[:1]), jnp.cumsum(cost, axis=0)])  # before each row
+    begun = jax.lax.cummax(jnp.where(done[:-1] > 0, jnp.arange(1, len(done))[:, None], 0))  # where its episode began
+    begun = jnp.concatenate([jnp.zeros_like(begun[:1]), begun])
+    totals = paid[1:] - jnp.take_along_axis(paid, begun, axis=0)
+    return totals[-block:], done[-block:] > 0
 
 
 def control_block(args, agent, buffer):

@@ -582,10 +582,12 @@ def filled(args, rows, seed=0):
 
 
 @pytest.mark.parametrize("rows", [10, 20, 40, 70])
-def test_costs_of_the_episodes_that_ended(rows):
-    """Those of the last block's ten rows alone, whole, also from a ring of forty rows that has gone round."""
+@pytest.mark.parametrize("length", [1, 40])
+def test_costs_of_the_episodes_that_ended(rows, length):
+    """Those of the last block's ten rows alone, whole, also from a ring of forty rows that has gone round; whatever
+    --episode-length is, which is the planner's."""
     buffer, ended = filled(ARGS, rows)
-    costs, where = sd.finished_costs(ARGS, buffer)
+    costs, where = sd.finished_costs(dataclasses.replace(ARGS, episode_length=length), buffer)
     got = [(rows - 10 + row, env, float(costs[row, env])) for row, env in np.argwhere(np.asarray(where))]
     assert got == [each for each in ended if each[0] >= rows - 10] and len(got) >= 2
 
@@ -935,7 +937,7 @@ def test_the_cameras_see(place):
     ("--learning-starts 7500", "--learning-starts must be at most --train-every, or a multiple of it"),
     ("--buffer-size 63", "--buffer-size must hold --num-envs x --window = 64 transitions"),
     ("--updates-per-step 0.0003", "--updates-per-step must make a whole number of updates"),
-    ("--unimix 0", "--unimix must be positive and at most 1"),
+    ("--unimix 0", "--unimix must be positive and at most 1"), ("--mu-init 2", "--mu-init must be at most --mu-max"),
     ("--min-std 1.5", "--min-std must be at most --max-std")])
 def test_flags_that_cannot_be(flags, says):
     with pytest.raises(SystemExit, match=re.escape(says)):
