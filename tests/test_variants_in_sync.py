@@ -15,6 +15,7 @@ EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda
 # ----------------------------------------------------------------------------------------------------------------------
 # A script as named pieces of text
 # ----------------------------------------------------------------------------------------------------------------------
+@cache
 def without_docstrings(node):
     """A definition's syntax tree as text, its docstrings taken out of it."""
     for inner in ast.walk(node):
@@ -41,7 +42,7 @@ def pieces(source):
     for node in tree.body:
         if name_of(node) is not None and node not in [args, *groups]:
             take(name_of(node), node, node.end_lineno)
-            trees[name_of(node)] = without_docstrings(node)
+            trees[name_of(node)] = node
     for group in groups:
         for node, following in zip(group.body, group.body[1:] + [None]):
             if isinstance(node, ast.AnnAssign):
@@ -61,7 +62,7 @@ def drift(full, variant, listed=None):
     found += [f"{name} is listed as changed but does not exist in both" for name in listed["changed"]
               if name not in ours.keys() & theirs.keys()]
     found += [f"{name} is listed as changed but is the same" for name in listed["changed"] & ours.keys() & theirs.keys()
-              if our_trees[name] == their_trees[name]]
+              if without_docstrings(our_trees[name]) == without_docstrings(their_trees[name])]
     found += [f"{name} is listed but is the same" for name in flags if ours.get(name) == theirs.get(name)]
     found += [f"{name} differs" for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]
               and name not in allowed]
