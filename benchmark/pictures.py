@@ -59,7 +59,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
     "cpo_25": ("CPO, cost limit 25", THREE, {
         "cpo_25": "5M steps", "cpo_25_bins": "5M steps, from bins", "cpo_25_5M": "5M steps, observations not clipped",
         "short_cpo_25": "2M steps, one on to 5M, not clipped"}),
-    "cvpo_25": ("CVPO, cost limit 25", THREE, {"cvpo_25": "5M steps", "short_cvpo_25": "2M steps"}),
+    "cvpo_25": ("CVPO, cost limit 25", THREE, {
+        "cvpo_25": "5M steps", "cvpo_25_bins": "5M steps, from bins", "short_cvpo_25": "2M steps"}),
     "ppo_lagrangian_2": ("PPO-Lagrangian, cost limit 2", THREE, {
         "ppo_lagrangian_2": "5M steps", "ppo_lagrangian_2_fast": "5M steps, a multiplier three times as fast",
         "ppo_lagrangian_2_fast_bins": "5M steps, as fast, from bins",
