@@ -184,6 +184,7 @@ def test_what_all_of_training_cost():
     ("trials", "rivals", "cvpo_25", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cvpo_25_bins", 1, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cpo_25", 2, "{return} / {cost} (seed {seed})"),
+    ("trials", "pilots", "laptop_safedreamer_osrp", 1, "{return} / {cost} (seed {seed}) over fifty"),
     ("trials", "pilots", "ppo2_adam01", 1, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_2_fast", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_2_fast_bins", 1, "{return} / {cost} (seed {seed})"),
