@@ -1228,7 +1228,8 @@ def begin(args, ask, sizes):
     where, nothing = device(), np.zeros((args.num_envs, 3))
     make, key = partial(fresh, args, sizes), jax.random.key(args.seed)
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make, key)["buffer"])) / 2**30
-    there, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), needed * (1 + (where.platform == "cpu"))
+    needed *= 2 if where.platform == "cpu" else 1  # a checkpoint copies what it saves
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > (there := (where.memory_stats() or {}).get("bytes_limit", there) / 2**30):
         raise SystemExit(f"the replay buffer needs {needed:.1f} GiB (on a CPU with a checkpoint's copy), {where} has "
                          f"{there:.1f}: lower --buffer-size (--train-every, where one rollout is kept)")

@@ -210,6 +210,9 @@ def test_a_buffer_that_cannot_fit_is_refused(monkeypatch):
         spowl.begin(parse_args(["--buffer-size", "1e11"]), None, (60, 2))
     with pytest.raises(ZeroDivisionError):
         spowl.begin(parse_args([]), lambda *_: 1 / 0, (60, 2))
+    monkeypatch.setattr(spowl.os, "sysconf", {"SC_PHYS_PAGES": 3 * 2**18, "SC_PAGE_SIZE": 1024}.get)  # 0.75 GiB
+    with pytest.raises(SystemExit, match=r"^the replay buffer needs 0\.9 GiB \(on a CPU with .*, .* has 0\.8: lower"):
+        spowl.begin(parse_args([]), None, (60, 2))  # it would fit, its copy in a checkpoint would not
 
 
 @pytest.mark.parametrize("words, variables, expected", [
