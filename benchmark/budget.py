@@ -26,8 +26,8 @@ from spowl_continuous import interval
 class Options:
     results: Path = RESULTS / "budget"
     """what benchmark/keep.py kept"""
-    picture: Path = RESULTS / "budget.png"
-    """picture to draw; the table is printed"""
+    picture: Path | None = None
+    """picture to draw (default: the name of --results with .png); the table is printed"""
 
 
 def read_runs(folder):
@@ -39,8 +39,8 @@ def read_runs(folder):
         last = run.numbers[run.last]
         found.append({
             "task": task_name(run.args["env_id"]), "name": run.args["exp_name"], "budget": run.args["cost_budget"],
-            "seed": run.args["seed"], "step": run.last, "training": float(last["train/cost"]),
-            "lambda": float(last["lagrangian/lambda"]), "return": played(run, run.last, "return"),
+            "seed": run.args["seed"], "step": run.last, "training": float(last["train/cost"] or "nan"),
+            "lambda": float(last["lagrangian/lambda"] or "nan"), "return": played(run, run.last, "return"),
             "cost": played(run, run.last, "cost")})
     return sorted(found, key=lambda run: (run["task"], run["budget"], run["seed"]))
 
@@ -112,10 +112,12 @@ def draw(path, runs):
 
 
 def main(options):
-    runs = read_runs(options.results)
+    picture, runs = options.picture or options.results.with_suffix(".png"), read_runs(options.results)
+    if not picture.parent.is_dir():
+        raise SystemExit(f"--picture {picture}: there is no directory {picture.parent}")
     if not runs:
         raise SystemExit(f"{options.results} has no run with a --cost-budget: keep some with benchmark/keep.py")
-    draw(options.picture, runs)
+    draw(picture, runs)
     print(table_of_budgets(runs), end="")
 
 

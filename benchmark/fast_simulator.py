@@ -75,7 +75,7 @@ def main(argv):
     simulator = runpy.run_path(f"{ROOT}/spowl_continuous.py")["import_safety_gymnasium"]()
     for owner, name, function in replaced(simulator):
         setattr(owner, name, function)
-    sys.argv = argv
+    sys.argv, sys.path[0] = argv, str(Path(argv[0]).resolve().parent)  # as Python itself would
     runpy.run_path(argv[0], run_name="__main__")
 
 

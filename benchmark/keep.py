@@ -61,6 +61,8 @@ def numbers(run, steps):
 
 def main(options):
     """SystemExit, with what was there before it left alone, for no run, no evaluation, or another run of that name."""
+    if options.to.exists() and not options.to.is_dir():
+        raise SystemExit(f"--to {options.to} is not a directory")
     options.to.mkdir(parents=True, exist_ok=True)
     kept = {}
     for run in options.runs:

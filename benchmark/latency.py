@@ -98,7 +98,7 @@ def draw(path, picture):
     timed = [row for row in rows if row["acts"] == "plan or policy" and row["episodes"] == "0"]
     who = [row for row in rows if row["episodes"] != "0"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
-    for depth, marker in zip(sorted({int(row["depth"]) for row in timed}), "osD^"):
+    for depth, marker in zip(sorted({int(row["depth"]) for row in timed}), itertools.cycle("osD^")):
         points = [(int(row["samples"]), float(row["times_policy"])) for row in timed if int(row["depth"]) == depth]
         left.plot(*zip(*points), marker=marker, label=f"{depth} agent steps deep")
     left.axhline(1, color="0.6", linewidth=1, label="the policy alone")
@@ -128,8 +128,8 @@ def draw(path, picture):
 
 def main(options):
     """SystemExit, before anything is timed, for options that cannot be."""
-    if options.repeats < 1:
-        raise SystemExit("--repeats must be at least 1")
+    if options.repeats < 1 or options.episodes < 0:
+        raise SystemExit("--repeats must be at least 1, --episodes not below 0")
     if options.csv and (options.csv.exists() or not options.csv.parent.is_dir()):
         raise SystemExit(f"--csv {options.csv}: name a new file in a directory that is there")
     args = spowl.parse_args(["--evaluate", str(options.run)])
@@ -158,5 +158,6 @@ def main(options):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/spowl"))
+    if not jax.config.jax_compilation_cache_dir:  # the variable JAX_COMPILATION_CACHE_DIR names another place
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/spowl"))
     main(tyro.cli(Options, description=__doc__))

@@ -104,7 +104,7 @@ def evaluations(run_dir, grid=None):
         args = json.loads((run_dir / "args.json").read_text())["args"]
         episodes, judged = evaluated("episodes.csv"), evaluated("evaluation.csv")
         episodes = [row for row in episodes if row["step"] not in {row["step"] for row in judged}] + judged
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run_dir} is not a run directory: {error}")
     if grid and not (args["exp_name"] in settings_on(grid, args["env_id"]) and args["env_id"] in grid.tasks
                      and args["seed"] in grid.seeds):
@@ -193,7 +193,7 @@ def shared_steps(seeds):
 def save(figure, path, rule):
     """The picture with small text under it that says what its lines and marks mean."""
     figure.supxlabel(textwrap.fill(rule, 155), x=0.01, ha="left", fontsize=7, color="0.25")
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=DPI, metadata={"Software": None} if Path(path).suffix == ".png" else None)
     plt.close(figure)
 
 
@@ -480,6 +480,6 @@ def main(options):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options))
+        main(tyro.cli(Options, description=__doc__))
     except OSError as stopped:
         raise SystemExit(f"{stopped.filename}: {stopped.strerror}")

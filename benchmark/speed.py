@@ -49,7 +49,7 @@ class Options:
     env_id: str = "SafetyPointGoal1-v0"
     """task that is stepped"""
     repeats: int = 7
-    """measurements per number"""
+    """measurements per number (of growth: 3)"""
     json: Path | None = None
     """file for the rows as a list"""
     csv: Path | None = None
@@ -160,9 +160,10 @@ def measure_update(args, obs_dim, action_dim, repeats):
     """One update, as a tenth of a scan of ten; and one addition to the buffer -> seconds, compile, peak of both."""
     agent, buffer = spowl.init_agent(args, jax.random.key(0), obs_dim, action_dim), spowl.init_buffer(
         args, obs_dim, action_dim)
-    run_add, *about_add = compiled(spowl.add, buffer, noise(args, obs_dim, action_dim))
+    new = noise(args, obs_dim, action_dim)
+    run_add, *about_add = compiled(spowl.add, buffer, new)
     for _ in range(200):
-        buffer = run_add(buffer, noise(args, obs_dim, action_dim))
+        buffer = run_add(buffer, new)
     run, *about = compiled(spowl.update_many, args, agent, buffer, 10)
     state = [agent, buffer]
 
@@ -171,7 +172,7 @@ def measure_update(args, obs_dim, action_dim, repeats):
         jax.block_until_ready(metrics)
 
     def add():
-        state[1] = run_add(state[1], noise(args, obs_dim, action_dim))
+        state[1] = run_add(state[1], new)
         state[1].size.block_until_ready()
 
     return (median_seconds(update, repeats) / 10, *about), (median_seconds(add, 20 * repeats), *about_add)
@@ -436,4 +437,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))

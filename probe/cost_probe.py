@@ -77,7 +77,7 @@ def load_rows(run, max_steps=None):
             raise SystemExit(f"{found[-1]} holds no replay buffer: it is an agent alone")
         rows = spowl.Transition(**{name: file[key] for name, key in names.items()})
         first = int(file["['buffer'].head"]) if len(rows.reward) == args.buffer_size // args.num_envs else 0
-    count = len(rows.reward) if max_steps is None else max_steps // (args.num_envs * args.action_repeat)
+    count = len(rows.reward) if max_steps is None else max(0, max_steps // (args.num_envs * args.action_repeat))
     return jax.tree.map(lambda x: np.roll(x, -first, axis=0)[:count], rows), args
 
 
@@ -194,7 +194,8 @@ def supervised(label, args, rows, distance, options, script=spowl):
 
 
 def read_variant(variant, info):
-    """label, or label: [script] flags -> label, script, its Args on top of the run's flags."""
+    """label, or label: [script] flags -> label, script, its Args on top of the run's flags. SystemExit for flags that
+    cannot be."""
     label, _, words = variant.partition(":")
     words, script = shlex.split(words), spowl
     if words and words[0].endswith(".py"):
@@ -205,6 +206,10 @@ def read_variant(variant, info):
         script = importlib.import_module(Path(name).stem)
     known = {field.name for field in fields(script.Args)}
     args = script.read_flags(words, script.Args(**{name: value for name, value in info.items() if name in known}))
+    if args.preset != info["preset"]:
+        raise SystemExit(f"--variants {label}: --preset changes nothing here: give the flags that it stands for")
+    if found := script.problems(args):
+        raise SystemExit(f"--variants {label}: {found[0]}")
     return label, script, args
 
 
@@ -217,6 +222,9 @@ def main(options):
         raise SystemExit(f"--held-out must be at least 1 and leave one of the run's {args.num_envs} environments")
     if options.csv and not options.csv.parent.is_dir():
         raise SystemExit(f"--csv {options.csv}: there is no directory {options.csv.parent}")
+    if len(stored.reward) < args.horizon:
+        raise SystemExit(f"{len(stored.reward)} agent steps of each environment hold no sequence of --horizon "
+                         f"{args.horizon}: raise --max-steps, or train the run for longer")
     places = sensors(spowl.import_safety_gymnasium().make(args.env_id))
     for name in options.without:
         if name not in places:

@@ -56,6 +56,8 @@ def main(options):
         raise SystemExit(f"{options.run} is not a run: {error}")
     if script not in SCRIPTS:
         raise SystemExit(f"{options.run} is of {script}.py; only {', '.join(SCRIPTS)} are judged here")
+    if options.to.exists() and not options.to.is_dir():
+        raise SystemExit(f"--to {options.to} is not a directory")
     options.to.mkdir(parents=True, exist_ok=True)
     kept, script = options.to / f"{name}_args.json", import_module(script)
     if kept.exists() and json.loads(kept.read_text()) != info:

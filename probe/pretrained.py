@@ -1,4 +1,4 @@
-"""Keep what --evaluate needs of a run, and nothing else: its flags and its networks, in 1.2 megabytes.
+"""Keep what --evaluate needs of a run, and nothing else: its flags and its networks (1.2 MB of the laptop preset).
 
     python probe/pretrained.py runs/RUN benchmark/pretrained/NAME
 
@@ -33,13 +33,16 @@ def main(options):
         raise SystemExit(f"{options.run} has no checkpoint")
     if options.to.exists():
         raise SystemExit(f"{options.to} is there already: name another directory")
-    info = json.loads((options.run / "args.json").read_text())
+    try:
+        info = json.loads((options.run / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{options.run} is not a run directory: {error}")
     with np.load(found[-1]) as file:
         kept = {name: file[name] for name in file.files if name == "counters" or name.startswith("['agent']")}
     counters = json.loads(str(kept["counters"]))
     counters = {name: counters[name] for name in ("step", "simulated", "cost")}
     for name, value in kept.items():
-        if re.search("_opt|target", name):
+        if re.search("_opt|optimizers|target", name):
             kept[name] = np.zeros_like(value)
         elif value.ndim and value.dtype == np.float32:
             kept[name] = value.astype(np.float16)

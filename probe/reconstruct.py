@@ -86,6 +86,8 @@ def main(options):
         raise SystemExit("--seen and --imagined must be at least 1")
     if not options.picture.parent.is_dir():
         raise SystemExit(f"--picture {options.picture}: there is no directory {options.picture.parent}")
+    if options.picture.suffix != ".png":
+        raise SystemExit(f"--picture {options.picture} must end in .png")
     obs_dim, found = safedreamer.PIXELS**2 * safedreamer.COLOURS, safedreamer.checkpoints(options.run)
     if not found:
         raise SystemExit(f"{options.run} has no checkpoint")

@@ -154,22 +154,26 @@ def test_by_the_mean_or_drawn():
 
 def test_what_all_of_training_cost():
     """SPOWL told what an episode may cost, and the methods without a model under the same limits, in thousands."""
-    cost, halfway, late, bins = {}, {}, {}, ("ppo_lagrangian_25_bins", "cpo_25_bins", "cvpo_25_bins")
+    cost, early, late, bins = {}, {}, {}, ("ppo_lagrangian_25_bins", "cpo_25_bins", "cvpo_25_bins")
     for run in (run for folder in ("budget", "rivals") for run in read_kept(RESULTS / folder)):
         if run.args["env_id"] == TASK:
             total = run.last * float(run.numbers[run.last]["charts/cost_rate"])
             cost.setdefault(run.args["exp_name"], []).append(round(total / 1000))
             late.setdefault(run.args["exp_name"], []).append(round(float(run.numbers[run.last]["train/cost"]), 1))
-            if 2_000_000 in run.numbers:
-                halfway[run.args["exp_name"]] = round(2000 * float(run.numbers[2_000_000]["charts/cost_rate"]))
+            for step in {500_000, 2_000_000} & set(run.numbers):
+                early[step, run.args["exp_name"]] = round(step * float(run.numbers[step]["charts/cost_rate"]) / 1000)
+            if run.args["exp_name"] == "cvpo_25_bins":
+                at_500_000 = [played(run, 500_000, each) for each in ("return", "cost")]
     assert [cost[name] for name in ("budget_25", *bins)] == [[9, 9], [141], [132], [129]]
     assert (cost["budget_2"], cost["ppo_lagrangian_2_fast_bins"]) == ([4, 6], [62])
-    assert [halfway[name] for name in bins] == [73, 53, 52]
+    assert [early[2_000_000, name] for name in bins[:2]] + [early[500_000, "cvpo_25_bins"]] == [73, 53, 15]
     assert (late["budget_2"], late["ppo_lagrangian_2_fast_bins"]) == ([2.2, 4.0], [6.5])
     assert late["ppo_lagrangian_25_bins"] == [21.8]
+    assert [(len(values), round(np.mean(values), 1)) for values in at_500_000] == [(20, 25.2), (20, 24.6)]
     assert says(
         "rivals", "for a cost of 9,000 in all of training",
-        "for 73,000, 53,000 and 52,000 (141,000, 132,000 and 129,000 in all)",
+        "after 500,000 steps, for 15,000: 25.2 / 24.6 over 20 episodes", "two more, for 129,000",
+        "after 2,000,000, for 73,000 and 53,000",
         "cost 4,000 and 6,000 against 62,000, its last 100 episodes 2.2 and 4.0 against 6.5 each",
         "(its last 100 training episodes cost 21.8)")
 

@@ -152,6 +152,7 @@ def test_a_sensor_that_is_not_there(run):
 @pytest.mark.parametrize("changes, said", [
     ({"every": 250}, "--every must be"), ({"every": 0}, "--every must be"), ({"updates": 100}, "--updates at least"),
     ({"held_out": 4}, "--held-out must be"), ({"held_out": 0}, "--held-out must be"),
+    ({"max_steps": 20}, "raise --max-steps"), ({"max_steps": -1}, "^0 agent steps"),
     ({"csv": Path("/nowhere/x.csv")}, "no directory /nowhere"), ({"run": Path("/nowhere")}, "not a run directory")])
 def test_options_that_cannot_be(run, changes, said):
     """Updates are made in blocks of 100: what is reported was made."""
@@ -244,7 +245,9 @@ def test_drawn_episodes_are_written_as_kept_ones_are(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("variant, says", [("raw: --obs-transform raw", "need a run with raw observations"),
-                                           ("x: gone.py", "gone.py does not exist")])
+                                           ("x: gone.py", "gone.py does not exist"),
+                                           ("x: --num-qc 0", "--variants x: --num-qc must be at least 1"),
+                                           ("x: --preset paper", "--variants x: --preset changes nothing")])
 def test_a_later_variant_is_refused_before_anything_is_trained(run, monkeypatch, variant, says):
     monkeypatch.setattr(cost_probe, "probe", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(cost_probe, "sensors", lambda _: {})

@@ -138,6 +138,8 @@ def surrounded(full, other):
 
 
 def main():
+    if set(sys.argv[1:]) - {"--check"}:
+        sys.exit("python tools/sync.py [--check]")
     stale = False
     for write, paths in ((surrounded, OTHERS), (synced, VARIANTS)):
         for path, other in paths.items():
