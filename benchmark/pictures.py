@@ -53,7 +53,8 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
         "more_updates_smaller_planner": "an update per step, smaller planner", "plan_horizon_3": "plans of 3 steps"}),
     "tdmpc2_laptop": ("TD-MPC2", THREE, {"TD-MPC2 laptop": "laptop preset"}),
     "safedreamer_laptop": ("SafeDreamer", THREE, {
-        "laptop_safedreamer": "BSRP-Lag", "laptop preset": "BSRP-Lag before, with half the updates",
+        "laptop_safedreamer": "BSRP-Lag", "laptop_safedreamer_osrp": "OSRP-Lag",
+        "laptop preset": "BSRP-Lag before, with half the updates",
         "osrp_lag": "OSRP-Lag before, with half the updates",
         "osrp_lag, pid-max 0.1": "the same with the paper's cap on λ"}),
     "cpo_25": ("CPO, cost limit 25", THREE, {

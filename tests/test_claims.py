@@ -180,6 +180,7 @@ def test_what_all_of_training_cost():
 
 @pytest.mark.parametrize("page, folder, name, count, form", [
     ("safedreamer", "rivals", "laptop_safedreamer", 2, "| {seed} | {return} | {cost} | {rate:.4f} |"),
+    ("safedreamer", "rivals", "laptop_safedreamer_osrp", 2, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("safedreamer", "pilots", "sd_bsrp", 1, "| {seed} | {return} | {cost} | {rate:.4f} |"),
     ("trials", "rivals", "ppo_lagrangian_2", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_25", 2, "{return} / {cost} (seed {seed})"),
@@ -188,7 +189,6 @@ def test_what_all_of_training_cost():
     ("trials", "rivals", "cvpo_25", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cvpo_25_bins", 1, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "cpo_25", 2, "{return} / {cost} (seed {seed})"),
-    ("trials", "pilots", "laptop_safedreamer_osrp", 1, "{return} / {cost} (seed {seed}) over fifty"),
     ("trials", "pilots", "ppo2_adam01", 1, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_2_fast", 2, "{return} / {cost} (seed {seed})"),
     ("trials", "rivals", "ppo_lagrangian_2_fast_bins", 1, "{return} / {cost} (seed {seed})"),
