@@ -94,13 +94,14 @@ for _ in range(1000):
     pairs.append([seen[0], hidden[0]])
 assert seen[4] and all(np.delete(a - b, slice(28, 44)).any() == b[28:44].any() == False for a, b in pairs)
 assert np.abs(pairs)[:, 0, 28:44].max() > 0.5 and pairs[0][0].dtype == pairs[0][1].dtype
-blind.spowl.main(["--env-id", "SafetyPointCircle1NoVasesLidar-v0"])
+blind.spowl.main(["--env-id", "SafetyPointCircle1NoVasesLidar-v0", "--runs-dir", "/nowhere"])
 """
 
 
 def test_a_task_without_a_sensor():
     """The same episode to its end but for the entries of the hazards' lidar; a task without such a sensor says so."""
-    ended = subprocess.run([sys.executable, "-c", BLIND], cwd=cost_probe.ROOT, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", BLIND], cwd=cost_probe.ROOT, capture_output=True, text=True,
+                           timeout=300)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].partition(" (/")[0].endswith(
         "ValueError: SafetyPointCircle1-v0 has no vases_lidar, but accelerometer, velocimeter, gyro, magnetometer, "
         "circle_lidar"), ended.stderr

@@ -50,7 +50,6 @@ def test_bootstrap_bounds_against_all_resamples(values):
 def test_bootstrap_bounds_where_the_heads_agree():
     """§6: no spread, no interval."""
     np.testing.assert_allclose(bounds(ARGS, jnp.full(5, 7.3), jax.random.key(0)), [7.3, 7.3], rtol=1e-6)
-    assert Args().bootstrap_samples == 1000
 
 
 @pytest.mark.parametrize("q_plan, qc_plan, expected", [

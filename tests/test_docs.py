@@ -69,6 +69,6 @@ def test_every_logged_number_is_explained(script):
 
 def test_ruff_finds_nothing():
     folders = [ROOT / name for name in ("ablations", "baselines", "benchmark", "probe", "tests", "tools")]
-    command = [sys.executable, "-m", "ruff", "check", *ROOT.glob("spowl_*.py"), *folders]
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", *ROOT.glob("spowl_*.py"), *folders]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr

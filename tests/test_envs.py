@@ -576,6 +576,14 @@ def collected(envs, run, number):
     return run
 
 
+def test_training_explores(scripted_envs, monkeypatch):
+    """Evaluation does not: see below."""
+    explored, act = [], spowl.act
+    monkeypatch.setattr(spowl, "act", lambda *given: explored.append(given[-1]) or act(*given))
+    collected(envs := scripted_envs(Scripted(12), learning_starts=0), begin(envs), 2)
+    assert explored == [True, True]
+
+
 def test_what_a_run_counts(scripted_envs):
     """Episodes that end have a row with their return, cost and length; the sums of those that go on are kept. `step`
     counts as if no episode were ever cut short by its end, `simulated` what was really taken."""
@@ -809,6 +817,8 @@ def test_evaluation_plays_whole_episodes(scripted_envs, played):
     assert calls[4][0].tolist() == [[0, 0, 20], [1, 2, 0]]
     assert len({float(episode["played"].action[0, 0]) for episode in episodes}) == 5  # keys of their own in each batch
     assert same(played(envs)[0], episodes)  # the same ones every time
+    envs.args = dataclasses.replace(envs.args, seed=2)
+    assert played(envs)[0][0]["played"].action[0] != episodes[0]["played"].action[0]
 
 
 def test_evaluation_of_fewer_episodes_than_environments(scripted_envs, played):

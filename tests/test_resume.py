@@ -160,7 +160,6 @@ def test_killed_and_stopped_and_killed_and_finished(place, straight, task):
     the last time nobody reads what is printed. It ends where the uninterrupted run does."""
     reference, runs = straight(task), place / f"{task}_interrupted"
     process = start_and_evaluate(place, "--runs-dir", runs, *FLAGS[task])
-    time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     (directory,) = runs.iterdir()
     step, _ = ended(process, directory, 128 + signal.SIGTERM, f"--resume {directory}")

@@ -722,13 +722,24 @@ def test_planners_execute_the_first_action_of_the_mean(monkeypatch):
         last_mean + jnp.arange(3.0)[:, None], metrics))
     agent, actor = random_agent(args), sd.init_actor(args, jax.random.key(0), ACTIONS)
     obs = np.zeros((2, OBS), np.float32)
-    for is_first, expected in (([True, True], [0.0, 0.0]), ([False, False], [0.0, 0.0]), ([True, False], [0.0, 0.0])):
+    for is_first in ([True, True], [False, False], [True, False]):
         actor = actor._replace(plan_mean=actor.plan_mean + 0.25)
         began = np.array(is_first) | (int(actor.step) == 0)
         before = np.asarray(actor.plan_mean)
         action, actor = sd.act(args, agent, actor, obs, np.array(is_first), True)
         np.testing.assert_allclose(action, np.where(began[:, None], 0.0, before[:, 0]))
     np.testing.assert_allclose(actor.metrics["charts/balance"], 3.0)
+
+
+@pytest.mark.parametrize("method", ["osrp", "osrp_lag"])
+def test_acting_fits_together_with_the_planner(method):
+    """By shapes alone: -m long lets it act."""
+    args = small_args(method=method)
+    actor, obs = sd.init_actor(args, jax.random.key(0), ACTIONS), np.zeros((2, OBS), np.float32)
+    action, after = jax.eval_shape(
+        lambda agent, actor: sd.act(args, agent, actor, obs, np.ones(2, bool), True), random_agent(args), actor)
+    assert action.shape == (2, ACTIONS)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, actor)
 
 
 def test_the_actor_draws_in_evaluation_too():

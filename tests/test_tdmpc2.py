@@ -61,7 +61,7 @@ def test_elites_are_the_best(returns):
 
 
 def test_scores_against_numpy(agent, z):
-    args = args_of(small_args(num_bins=11, bin_limit=5.0, gamma=0.9))
+    args = args_of(small_args(num_bins=11, bin_limit=5.0, gamma=0.9, horizon=2, plan_horizon=3))
     policy, model = certain(agent.policy), agent.model
     actions = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (3, 6, ACTIONS)), jnp.float32)
     returns = jax.jit(tdmpc2.evaluate_plans, static_argnums=0)(args, model, policy, z, actions, jax.random.key(0))
@@ -184,14 +184,19 @@ def test_policy_loss_by_hand(agent, monkeypatch):
 @pytest.fixture
 def updated(monkeypatch):
     """An agent, and what one update makes of it without and with costs: agent, metrics, with the heads and the mask
-    that its policy's loss was given."""
+    that its policy's loss was given, and what its model's loss was: latents that follow, targets, dropout masks."""
     args, loss, batch = args_of(LOSS_ARGS, batch_size=B, tau=0.07), tdmpc2.policy_loss, make_batch()[0]
 
     def spy(policy, args, model, zs, mask, *rest):
         value, (scale, metrics) = loss(policy, args, model, zs, mask, *rest)
         return value, (scale, metrics | {"spy": (model["q"], mask)})
 
+    def spy_model(*given, original=tdmpc2.world_model_loss):
+        value, (metrics, zs) = original(*given)
+        return value, (metrics | {"spy model": given[3:]}, zs)
+
     monkeypatch.setattr(tdmpc2, "policy_loss", spy)
+    monkeypatch.setattr(tdmpc2, "world_model_loss", spy_model)
     agent = without_costs(random_agent(LOSS_ARGS, OBS, ACTIONS, seed=2))._replace(scale=jnp.float32(3.0))
     agent = agent._replace(model_opt=tdmpc2.model_optimizer(args).init(agent.model))
     update = jax.jit(tdmpc2.update, static_argnums=0)
@@ -200,13 +205,19 @@ def updated(monkeypatch):
 
 
 def test_one_update(updated):
-    """The policy is trained against the new heads on what is valid; targets, S and the counter move; costs change
-    nothing, to the last bit."""
+    """Targets are those of the target heads at what follows; the policy is trained against the new heads on what is
+    valid; targets, S and the counter move; costs change nothing, to the last bit."""
     agent, (after, metrics), (same, _) = updated
     assert leaves_equal(after, same) and not leaves_equal(after.policy, agent.policy)
     seen, mask = metrics["spy"]
     assert leaves_equal(seen, after.model["q"]) and not leaves_equal(seen, agent.model["q"])
     np.testing.assert_array_equal(mask, ALIVE)
+    args, batch, (next_z, targets, keep) = args_of(LOSS_ARGS), make_batch()[0], metrics["spy model"]
+    np.testing.assert_allclose(next_z, np_latent(args, agent.model["encoder"], np.asarray(batch.next_obs)), atol=1e-5)
+    key = jax.random.split(jax.random.key(1), 3)[0]
+    expected = tdmpc2.td_targets(args, agent.policy, agent.target, batch, next_z, key)
+    np.testing.assert_allclose(targets, expected, atol=1e-3)
+    assert len(np.unique(keep)) == 2
     for old, online, new in zip(*map(jax.tree.leaves, (agent.target["q"], seen, after.target["q"])), strict=True):
         np.testing.assert_allclose(new, 0.93 * np.asarray(old) + 0.07 * np.asarray(online), atol=1e-6)
     assert after.scale == metrics["losses/q_scale"] != 3.0 and int(after.num_updates) == 1

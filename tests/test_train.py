@@ -191,6 +191,7 @@ def test_the_papers_preset_on_a_cpu_names_the_other(point):
     """Sizes of 16 for 2,500 steps: the estimate is next to nothing, but there. Said once, in one line."""
     (line,) = (line for line in point.stdout.splitlines() if "preset" in line)
     assert re.fullmatch(r"the paper's preset on a CPU takes about \S+ days: --preset laptop is made for one", line)
+    assert "about 7 days" in spowl.advice(Args())
 
 
 def test_checkpoint_counts_what_was_done(point):
@@ -338,6 +339,7 @@ def test_another_seed_gives_other_numbers(point, other_seed):
     assert len(names) > 20 and not any(np.array_equal(arrays[name], other[name]) for name in names)
     assert not (arrays["['buffer'].rows.obs"][0] == other["['buffer'].rows.obs"][0]).all(-1).any()
     assert not np.isin(*(each["['buffer'].rows.action"][:10] for each in (arrays, other))).any()  # drawn at random
+    assert not any(np.array_equal(arrays[name], other[name]) for name in ("['agent'].key", "['actor'].key"))
     assert rows_of(point.dir / "episodes.csv")[0]["return"] != rows_of(other_seed.dir / "episodes.csv")[0]["return"]
 
 
@@ -369,7 +371,8 @@ def test_evaluation_alone_gives_the_same_episodes_again(point, evaluated):
     assert [*rows[0]] == [*training[0], "balance"]
     assert [{name: row[name] for name in training[0]} for row in rows[:2]] == training[-2:]
     assert [row["environment"] for row in rows] == ["0", "1", "2"] and len({row["return"] for row in rows}) == 3
-    assert SUMMARY.search(evaluated.stdout).group(1, 4) == ("2,500", "3")
+    rate = f"{checkpoint(point.dir)[0]['cost'] / 2500:.4f}"
+    assert SUMMARY.search(evaluated.stdout).group(1, 4, 5) == ("2,500", "3", rate)
     assert f"balance {np.mean([float(row['balance']) for row in rows]):.0%}," in evaluated.stdout
     said = evaluated.stdout.splitlines()
     places = said[said.index(f"episodes: {evaluated.dir / 'evaluation.csv'}"):]

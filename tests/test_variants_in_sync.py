@@ -10,6 +10,7 @@ from tools.sync import FULL, OTHERS, ROOT, SURROUND, VARIANTS, claims, flags_of,
 
 EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
                                for paths in ([FULL, *OTHERS, *VARIANTS], VARIANTS))
+BY_NAME = {path.stem: path for path in VARIANTS}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_a_script_stands_alone(path):
 AIMS = {"spowl_plan_only": 60, "spowl_policy_only": 60, "spowl_fixed_threshold": 80, "spowl_decoder": 40}
 
 
-@pytest.mark.parametrize("path", [path for path in VARIANTS if path.stem in AIMS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [BY_NAME[name] for name in AIMS], ids=AIMS)
 def test_a_variant_is_a_short_diff(path):
     """Lines that a variant has and the full agent has not."""
     lines = list(difflib.unified_diff(VARIANTS[path].read_text().splitlines(), path.read_text().splitlines(), n=0))[2:]
@@ -235,10 +236,7 @@ SHARED = {  # what is changed in the full agent alone, and then written into the
 }
 
 
-MOST_REMOVED = [path for path in VARIANTS if path.stem in ("spowl_policy_only", "tdmpc2")]
-
-
-@pytest.mark.parametrize("path", MOST_REMOVED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [BY_NAME["spowl_policy_only"], BY_NAME["tdmpc2"]], ids=lambda path: path.stem)
 @pytest.mark.parametrize("what", SHARED)
 def test_sync_writes_what_is_shared_and_keeps_what_is_not(path, what):
     old, new = SHARED[what]
