@@ -82,9 +82,9 @@ def draw_episode_costs(runs, path):
                             color=SHADES[number], label=f"seed {run.args['seed']}: mean {np.mean(costs):.1f}, worst "
                             f"{max(costs):g}, {len(costs)} episodes")
             axis.bar_label(bars, fmt="{:.0f}", fontsize=7)
-        axis.axvline(3.5, ymax=0.75, color="black", linestyle="--", linewidth=1)
+        axis.axvline(3.5, ymax=0.7, color="black", linestyle="--", linewidth=1)
         axis.set_title(f"{task_name(task)}, {run.last:,} steps")
-        axis.set(ylim=(0, 112), xlabel="cost of an episode")
+        axis.set(ylim=(0, 125), yticks=range(0, 101, 20), xlabel="cost of an episode")
         axis.set_xticks(range(len(BINS)), BINS)
         axis.grid(alpha=0.3, axis="y")
         axis.legend(loc="upper right")

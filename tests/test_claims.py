@@ -123,6 +123,31 @@ def test_who_acts():
     assert says("latency", "on PointGoal2 (p = 0.02) and PointPush1 (p = 0.01) only")
 
 
+def test_a_million_steps():
+    """PointGoal1: three seeds' ends and five after 300,000 steps; what evaluations cost on the way, what their worst
+    episodes cost, where the multiplier is at its cap; what the critic reads before a hazard, on both tasks."""
+    kept = read_kept(RESULTS / "million")
+    runs = [run for run in kept if (run.args["env_id"], run.args["exp_name"]) == (TASK, "spowl")]
+    ends = [[np.mean(played(run, run.last, name)) for run in runs] for name in ("return", "cost")]
+    shorter = at("laptop", "laptop", "return", seeds=(1, 2, 3, 4, 5))
+    assert min(ends[0]) > max(shorter) and round(rank_p(ends[0], shorter), 2) == 0.04
+    pairs = [f"{gain:.1f} / {cost:.1f}" for gain, cost in zip(*ends)]
+    assert says("million", "three seeds end at {}, {} and {}".format(*pairs), "(22.3 to 24.4; rank test, p = 0.04)")
+    cost = lambda step: [round(np.mean(played(run, step, "cost")), 1) for run in runs]
+    assert (min(cost(50_000)), max(cost(50_000)), min(cost(300_000)), max(cost(300_000))) == (18.4, 64.0, 10.5, 17.5)
+    assert max(max(cost(step)) for step in range(400_000, 1_000_001, 50_000)) == 6.3
+    last = [played(run, run.last, "cost") for run in runs]
+    assert [np.sum(costs == 0) for costs in last] == [73, 79, 76] and np.max(last) == 38
+    capped = [min(step for step, row in run.numbers.items() if row["lagrangian/lambda"] == "0.2") for run in runs]
+    assert capped == [600_000, 600_000, 650_000]
+    spowl = [run for run in kept if run.args["exp_name"] == "spowl"]
+    read = [(float(row["critic/read_before_1"]), float(row["critic/followed_before_1"])) for run in spowl
+            for row in run.numbers.values() if row["critic/read_before_1"]]
+    less = sum(one < other for one, other in read)
+    assert says("million", "18.4 to 64.0 at 50,000 steps, 10.5 to 17.5 at 300,000. From 400,000 on they cost 6.3",
+                "from 600,000 or 650,000 steps on (PointGoal1)", f"at {less} of {len(read)} evaluations")
+
+
 def test_by_the_mean_or_drawn():
     """Methods without a model: what is said of the agents with a limit of 25, and with those of limit 2."""
     by_mean, by_drawing = {2: [], 25: []}, {2: [], 25: []}
