@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 from budget import with_interval
-from kept import played, read_kept, table
+from kept import played, read_kept
 from plot import RESULTS, by_seed, read_rows
 
 TASK = "SafetyPointGoal1-v0"

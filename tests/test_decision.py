@@ -10,7 +10,7 @@ import pytest
 from conftest import leaves_equal, np_heads, random_agent, small_args
 
 import spowl_continuous as spowl
-from spowl_continuous import Args, Plan, act, bootstrap_bounds, decide, init_actor, policy_sample, prefer_plan
+from spowl_continuous import Plan, act, bootstrap_bounds, decide, init_actor, policy_sample, prefer_plan
 
 OBS, ACTIONS = 5, 2
 ARGS = small_args(horizon=2, num_envs=3, num_q=3, num_qc=3, num_bins=11, num_samples=14, num_pi_trajs=4, num_elites=3,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import certain, leaves_equal, np_heads, np_latent, np_mlp, np_read_out, random_agent, small_args
+from conftest import certain, leaves_equal, np_heads, np_latent, np_mlp, random_agent, small_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import ALIVE, B, H, dropout_masks, make_batch
