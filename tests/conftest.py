@@ -21,6 +21,17 @@ from spowl_continuous import AgentState, Args, init_agent
 jax.config.update("jax_debug_key_reuse", True)  # every test fails where a random key is used twice
 key_reuse.key_reuse_signatures[jax.lax.transpose_p] = key_reuse.KeyReuseSignature(key_reuse.Forward(0, 0))
 # (JAX does not know that a transposed key is the same key, and so refuses every scan over keys under vmap)
+
+
+def key_signature(primitive, *args, original=key_reuse.key_reuse_signature_from_primitive, **params):
+    """What becomes of keys in an operation. JAX traces every slice to know that; most are of numbers, by the thousand
+    where a test goes through an array's rows."""
+    if primitive is jax.lax.slice_p and not jax.dtypes.issubdtype(args[0].dtype, jax.dtypes.prng_key):
+        return key_reuse.KeyReuseSignature()
+    return original(primitive, *args, **params)
+
+
+key_reuse.key_reuse_signature_from_primitive = key_signature
 jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 where there is a GPU
 jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the tests' time
 # and half of that these emitters of fusions

@@ -993,7 +993,8 @@ def test_a_killed_process_ends_the_others(point_envs):
 
 
 @pytest.mark.parametrize("task", [
-    pytest.param("SafetyPointGoal1-v0", marks=pytest.mark.long), "SafetyCarGoal1-v0", "SafetyAntGoal1-v0"])
+    *(pytest.param(f"Safety{robot}Goal1-v0", marks=pytest.mark.long) for robot in ("Point", "Car")),
+    "SafetyAntGoal1-v0"])
 def test_an_episode_is_replayed_to_the_last_bit(task, monkeypatch):
     """METHOD §2: from its seed and its actions, in a process that has another past, or none."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})

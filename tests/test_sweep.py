@@ -175,6 +175,7 @@ def test_bad_options_are_refused_in_one_line(tmp_path, words, says):
     assert str(stop.value).startswith(says) and "\n" not in str(stop.value)
 
 
+@pytest.mark.long  # a Ray for one line
 def test_cores_that_no_node_has_are_refused(tmp_path, start):
     finished = start(grid_file(tmp_path, GOOD), "--scale", "large", "--cpus", "999").communicate(timeout=300)
     assert "no node has that" in finished[1].splitlines()[-1] and "Traceback" not in finished[1]
