@@ -1,12 +1,13 @@
 """The scripts are one program but for what each variant's docstring lists: by syntax tree and to the letter."""
 import ast
+import copy
 import difflib
 import re
 from functools import cache
 
 import pytest
 from tools import diffs, sync
-from tools.sync import FULL, OTHERS, ROOT, SURROUND, VARIANTS, claims, flags_of, name_of
+from tools.sync import FULL, OTHERS, ROOT, SURROUND, VARIANTS, claims, flags_of, name_of, parsed
 
 EVERY_SCRIPT, EVERY_VARIANT = (pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
                                for paths in ([FULL, *OTHERS, *VARIANTS], VARIANTS))
@@ -19,6 +20,7 @@ BY_NAME = {path.stem: path for path in VARIANTS}
 @cache
 def without_docstrings(node):
     """A definition's syntax tree as text, its docstrings taken out of it."""
+    node = copy.deepcopy(node)
     for inner in ast.walk(node):
         if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner) is not None:
             inner.body = inner.body[1:] or [ast.Pass()]
@@ -29,7 +31,7 @@ def without_docstrings(node):
 def pieces(source):
     """-> {name: text} of every top-level definition and, as Args.x, of every flag, in order; {name: syntax tree} of the
     definitions; and the lines that belong to none of them (the module's docstring and that of Args left out)."""
-    tree, lines = ast.parse(source), source.splitlines()
+    tree, lines = parsed(source), source.splitlines()
     (args,) = (node for node in tree.body if name_of(node) == "Args")
     groups = [node for node in tree.body if flags_of(node)]
     texts, trees, outside = {}, {}, set(range(len(lines)))
@@ -124,7 +126,7 @@ def test_another_method_has_the_same_around_it(path):
 @EVERY_SCRIPT
 def test_nothing_is_left_over(path):
     """Every definition and every import of a script is used in it."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path.read_text())
     imported = {(alias.asname or alias.name).split(".")[0] for node in tree.body
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
@@ -144,7 +146,7 @@ def test_every_flag_is_read_or_said_to_be_without_effect(path):
 @EVERY_SCRIPT
 def test_a_script_stands_alone(path):
     """No script imports another, or anything else of this repository."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     folders = {found.name for found in ROOT.iterdir() if found.is_dir() and found.name not in (".venv", "runs")}

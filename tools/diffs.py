@@ -2,7 +2,6 @@
 
     python tools/diffs.py
 """
-import ast
 import difflib
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.sync import VARIANTS, relation
+from tools.sync import VARIANTS, parsed, relation
 
 INTRODUCTION = """# The variants as diffs
 
@@ -24,7 +23,7 @@ DEFINITION = ("def ", "class ", "@")
 def after_docstring(path):
     """The lines that follow a script's docstring."""
     source = path.read_text()
-    return source.splitlines()[ast.parse(source).body[0].end_lineno:]
+    return source.splitlines()[parsed(source).body[0].end_lineno:]
 
 
 def hunks(full, variant):

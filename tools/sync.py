@@ -19,10 +19,13 @@ KINDS = ("changed", "removed", "added", "flags")
 SURROUND = "# From here on, what surrounds the method"
 
 
+parsed = cache(ast.parse)  # nobody changes these trees
+
+
 @cache
 def relation(source):
     """How a script is related to which other one, and the lines that say in what: "Differs from" or "Shares with"."""
-    found = re.search(r"(Differs from|Shares with) (\S+\.py).*\n((?: {4}.*\n?)+)", ast.get_docstring(ast.parse(source)))
+    found = re.search(r"(Differs from|Shares with) (\S+\.py).*\n((?: {4}.*\n?)+)", ast.get_docstring(parsed(source)))
     return (found[1], ROOT / found[2], found[3].rstrip()) if found else (None, None, "")
 
 
@@ -64,7 +67,7 @@ def flags_of(node):
 @cache
 def segments(source):
     """(name, what stands above it, its own text, its syntax tree) of every statement after the module's docstring."""
-    lines, tree = source.splitlines(keepends=True), ast.parse(source)
+    lines, tree = source.splitlines(keepends=True), parsed(source)
     found, above = [], tree.body[0].end_lineno
     for node in tree.body[1:]:
         first = min([node.lineno] + [decorator.lineno for decorator in getattr(node, "decorator_list", [])]) - 1
@@ -99,7 +102,7 @@ def synced(full, variant):
     """A variant's source with everything that it shares taken from the full agent's."""
     listed, ours = claims(variant), segments(variant)
     own, names = {name: text for name, _, text, _ in ours if name}, [name for name, *_ in ours]
-    text, skipped = "".join(variant.splitlines(keepends=True)[:ast.parse(variant).body[0].end_lineno]), ""
+    text, skipped = "".join(variant.splitlines(keepends=True)[:parsed(variant).body[0].end_lineno]), ""
     for name, above, body, node in segments(full):
         if name in listed["removed"]:
             skipped = skipped or (above if "# ---" in above else "")  # a heading stays for what follows
@@ -117,7 +120,7 @@ def synced(full, variant):
 
 def imports(source):
     """A script's text between the module's docstring and its first definition or heading."""
-    after = "".join(source.splitlines(keepends=True)[ast.parse(source).body[0].end_lineno:])
+    after = "".join(source.splitlines(keepends=True)[parsed(source).body[0].end_lineno:])
     return after[:after.index("\n# ---")]
 
 
