@@ -125,7 +125,7 @@ def test_who_acts():
 
 def test_a_million_steps():
     """PointGoal1: three seeds' ends and five after 300,000 steps; what evaluations cost on the way, what their worst
-    episodes cost, where the multiplier is at its cap; what the critic reads before a hazard, on both tasks."""
+    episodes cost, where the multiplier is at its cap; PointGoal2's end; what the critic reads before a hazard."""
     kept = read_kept(RESULTS / "million")
     runs = [run for run in kept if (run.args["env_id"], run.args["exp_name"]) == (TASK, "spowl")]
     ends = [[np.mean(played(run, run.last, name)) for run in runs] for name in ("return", "cost")]
@@ -138,9 +138,14 @@ def test_a_million_steps():
     assert max(max(cost(step)) for step in range(400_000, 1_000_001, 50_000)) == 6.3
     last = [played(run, run.last, "cost") for run in runs]
     assert [np.sum(costs == 0) for costs in last] == [73, 79, 76] and np.max(last) == 38
-    capped = [min(step for step, row in run.numbers.items() if row["lagrangian/lambda"] == "0.2") for run in runs]
-    assert capped == [600_000, 600_000, 650_000]
+    capped = lambda run: min(step for step, row in run.numbers.items() if row["lagrangian/lambda"] == "0.2")
+    assert [capped(run) for run in runs] == [600_000, 600_000, 650_000]
     spowl = [run for run in kept if run.args["exp_name"] == "spowl"]
+    first = {run.args["env_id"]: run for run in spowl if run.args["seed"] == 1}
+    goal2, car = first["SafetyPointGoal2-v0"], first["SafetyCarGoal1-v0"]
+    gain, paid = (np.mean(played(goal2, goal2.last, name)) for name in ("return", "cost"))
+    assert gain > 14.3 and paid < 4.8 and (capped(goal2), capped(car)) == (500_000, 800_000)
+    assert says("million", f"ends at {gain:.1f} / {paid:.1f}. After", "from 500,000 on (PointGoal2), from 800,000 on")
     read = [(float(row["critic/read_before_1"]), float(row["critic/followed_before_1"])) for run in spowl
             for row in run.numbers.values() if row["critic/read_before_1"]]
     less = sum(one < other for one, other in read)
