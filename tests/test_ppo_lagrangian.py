@@ -19,8 +19,8 @@ import scipy.stats
 from conftest import leaves_equal, random_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import same_end
-from test_train import HEED_SIGNALS, ROOT, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, scalars
+from test_train import (HEED_SIGNALS, ROOT, SUMMARY, checkpoint, command, environment, one_line, rows_of, run, same_end,
+                        scalars)
 
 from baselines import ppo_lagrangian as ppo
 from baselines.ppo_lagrangian import Args, Transition, parse_args

@@ -97,7 +97,12 @@ def pay(state, action):
     return 2.0 * state * action, np.abs(action) > 0.5
 
 
-def learn(seed, agent, blocks=30, args=ARGS):
+def pay_smoothly(state, action):
+    """The same reward; cost a^2. Of all that cost c a step on average, a = sqrt(3 c) s earns most: sqrt(4 c / 3)."""
+    return 2.0 * state * action, action**2
+
+
+def learn(seed, agent, blocks=30, args=ARGS, pay=pay):
     """Act and learn in turns; episodes of five steps are truncated, every state is drawn anew."""
     rng = np.random.default_rng(seed)
     draw = lambda: rng.uniform(-1, 1, (E, 1)).astype(np.float32)
@@ -116,7 +121,7 @@ def learn(seed, agent, blocks=30, args=ARGS):
     return agent
 
 
-def judge(agent):
+def judge(agent, pay=pay):
     """Mean reward and mean cost of what is executed, of the policy's mean action and of the plan's mean, by name."""
     rng, actor = np.random.default_rng(7), init_actor(ARGS, jax.random.key(7), 1)
     paid = {"executed": [], "policy": [], "plan": []}
@@ -154,11 +159,11 @@ def test_without_a_multiplier_the_unsafe_best_is_found():
 
 @pytest.mark.long  # test_the_limit_is_kept shows as much of the learning, test_budget of the controller
 def test_a_budget_is_met_and_used():
-    """--cost-budget: where 2 of an episode's 5 steps may cost, 0.26 to 0.31 of them do (seeds 3 to 5; seed 6 saturates
-    at |a| = 1 first and takes longer to come back), for more reward than the safe 0.5 (0.64 to 0.70; 0.82 is the
-    best, with cost wherever |s| > 0.6)."""
-    args = dataclasses.replace(ARGS, cost_budget=2.0, updates_per_step=0.05)  # a block counts as 5,000 simulator steps
-    agent = init_agent(args, jax.random.key(3), 1, 1)._replace(multiplier=jnp.float32(0.2))
-    paid = judge(learn(3, agent, 30, args))
+    """--cost-budget: an episode of five steps may cost 1, so a step 0.2, and nearly all is earned that this cost can
+    earn. (Under the cost above one seed of three was still at |a| = 1 after as long: beyond its jump nothing tells
+    which way is cheaper.)"""
+    args = dataclasses.replace(ARGS, cost_budget=1.0, updates_per_step=0.05)  # a block counts as 5,000 simulator steps
+    agent = init_agent(args, jax.random.key(3), 1, 1)._replace(multiplier=jnp.float32(0.4))
+    paid = judge(learn(3, agent, 30, args, pay_smoothly), pay_smoothly)
     for reward, cost in paid.values():
-        assert reward > 0.6 and 0.2 < cost < 0.45, paid
+        assert 0.15 < cost < 0.25 and reward > 0.93 * np.sqrt(4 / 3 * cost), paid

@@ -8,26 +8,15 @@ import signal
 import time
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from test_envs import Dying, Hanging, Scripted, no_process, raised_in, scripted_train, threads, toy_agent
 from test_faults import workers
-from test_train import POINT, TINY, checkpoint, run, start, start_and_evaluate, train
+from test_train import POINT, TINY, checkpoint, run, same_end, start, start_and_evaluate, train
 
 import spowl_continuous as spowl
 
 FLAGS = {"point": POINT + ["--eval-episodes", "1"], "ant": TINY + (
     "--env-id SafetyAntGoal1-v0 --total-timesteps 2500 --buffer-size 400 --eval-every 1000 --eval-episodes 1").split()}
-
-
-def same_end(one, other):
-    """Whether two runs ended at the same agent, actor, buffer, counters and episodes."""
-    (counters, arrays), (other_counters, other_arrays) = checkpoint(one), checkpoint(other)
-    counters.pop("wall_time"), other_counters.pop("wall_time")
-    unequal = [name for name in arrays if not np.array_equal(arrays[name], other_arrays[name], equal_nan=True)]
-    assert arrays.keys() == other_arrays.keys() and unequal == []
-    assert counters == other_counters
-    assert (one / "episodes.csv").read_text() == (other / "episodes.csv").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +142,8 @@ def ended(process, directory, status, again="the same command"):
     return step, stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("task", ["point", pytest.param("ant", marks=pytest.mark.long)])
+@pytest.mark.long  # test_killed_after_its_last_checkpoint_but_one is the same in one process
+@pytest.mark.parametrize("task", FLAGS)
 def test_killed_and_stopped_and_killed_and_finished(place, straight, task):
     """SIGTERM after the first evaluation, wherever the run then is; SIGKILL after the second, which leaves none of its
     processes: what came later is played again; Ant's environments lose a process; the last time nobody reads what is

@@ -89,13 +89,13 @@ def grid_file(tmp_path, text):
 
 def test_a_dry_run_needs_no_ray(tmp_path):
     """It prints every run; without --dry-run one line says what to install."""
-    without = ("import runpy, sys; sys.modules['ray'] = None; sys.path.insert(0, 'benchmark'); del sys.argv[0]; "
-               "runpy.run_path(sys.argv[0], run_name='__main__')")
-    command = [sys.executable, "-c", without, SWEEP, "benchmark/grids/fig9.yaml", "--runs-dir", tmp_path]
-    dry, wet = (subprocess.run(command + more, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-                for more in (["--dry-run"], []))
-    assert dry.returncode == 0 and dry.stdout.count("not begun at 0 of 300,000: ") == 10, dry.stderr
-    assert wet.returncode == 1 and wet.stderr.startswith("this needs Ray: ") and wet.stderr.count("\n") == 1
+    without = ("import sys; sys.modules['ray'] = None; sys.path.insert(0, 'benchmark'); from sweep import *; "
+               "options = tyro.cli(Options); main(dataclasses.replace(options, dry_run=True)); main(options)")
+    finished = subprocess.run([sys.executable, "-c", without, "benchmark/grids/fig9.yaml", "--runs-dir", tmp_path],
+                              cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert finished.stdout.count("not begun at 0 of 300,000: ") == finished.stdout.count("\n") == 10, finished.stderr
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("this needs Ray: ") and finished.stderr.count("\n") == 1
 
 
 def test_a_grid_at_two_scales(tmp_path):

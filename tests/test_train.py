@@ -116,6 +116,16 @@ def same_arrays(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
+def same_end(one, other):
+    """Whether two runs ended at the same agent, actor, buffer, counters and episodes."""
+    (counters, arrays), (other_counters, other_arrays) = checkpoint(one), checkpoint(other)
+    counters.pop("wall_time"), other_counters.pop("wall_time")
+    unequal = [name for name in arrays if not np.array_equal(arrays[name], other_arrays[name], equal_nan=True)]
+    assert arrays.keys() == other_arrays.keys() and unequal == []
+    assert counters == other_counters
+    assert (one / "episodes.csv").read_text() == (other / "episodes.csv").read_text()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run writes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,6 +324,15 @@ def test_same_seed_gives_the_same_numbers_and_evaluation_touches_nothing(point, 
     rows, other_rows = (each.pop("rows") for each in (counters, other_counters))
     assert counters | {"wall_time": 0} == other_counters | {"wall_time": 0}
     assert [row for row in rows if row[0] == "train" or row[1] == 2500] == other_rows
+
+
+def test_killed_after_its_last_checkpoint_but_one(place, point, tmp_path):
+    """What kill -9 leaves of it goes on to the same end, in another process: the steps since are done again."""
+    directory = tmp_path / point.dir.name
+    shutil.copytree(point.dir, directory)
+    (directory / "checkpoint_2500.npz").unlink()
+    run(place, "--resume", directory)
+    same_end(directory, point.dir)
 
 
 @pytest.fixture(scope="session")
