@@ -304,7 +304,11 @@ def runs(place):
     return get
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# What spowl_plan_only has of its own is spowl_fixed_threshold's decide, to the letter.
+RUN = [pytest.param(name, marks=[pytest.mark.long] * (name == "spowl_plan_only")) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_a_small_run(runs, name):
     """The same files, tags, summary lines and checkpoint as the full agent's, under the script's own name. With a cost
     budget, which takes the multiplier away from --lambda-init."""
@@ -335,7 +339,7 @@ def test_a_run_goes_on_with_its_own_script(runs, place, name):
     assert name not in BALANCE or {float(row["balance"]) for row in again} == {BALANCE[name]}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_another_script_is_refused(runs, name, flag):
     """One line that names the right one, from every other script, although the flags may not even exist there."""
