@@ -92,7 +92,7 @@ def draw_episode_costs(runs, path):
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("% of episodes")
-    save(figure, path, f"Each run's last evaluation. A step inside a hazard costs 1. {LIMIT}")
+    save(figure, path, f"Each run's last evaluation. A step inside what must be avoided costs 1. {LIMIT}")
 
 
 @plt.rc_context(STYLE)
@@ -121,7 +121,7 @@ def draw_multiplier_and_critic(runs, path):
                                         "agent steps that\nbegin outside hazards")):
         axis.set_ylabel(label)
         axis.set_ylim(0, None)
-    axes[1, -1].legend(loc="upper right")
+    figure.legend(*axes[1, -1].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save(figure, path, "Each line: one seed. Each mark: an evaluation of 10 episodes; none where no hazard was entered."
          " A critic that is right has blue and orange in one place. The agent enters what it overlooks: there Qᶜ reads "
          "too little.")

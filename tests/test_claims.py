@@ -125,7 +125,7 @@ def test_who_acts():
 
 def test_a_million_steps():
     """PointGoal1: three seeds' ends and five after 300,000 steps; what evaluations cost on the way, what their worst
-    episodes cost, where the multiplier is at its cap; PointGoal2's end; what the critic reads before a hazard."""
+    episodes cost, where the multiplier is at its cap; the other tasks' ends; what the critic reads before a hazard."""
     kept = read_kept(RESULTS / "million")
     runs = [run for run in kept if (run.args["env_id"], run.args["exp_name"]) == (TASK, "spowl")]
     ends = [[np.mean(played(run, run.last, name)) for run in runs] for name in ("return", "cost")]
@@ -142,13 +142,29 @@ def test_a_million_steps():
     assert [capped(run) for run in runs] == [600_000, 600_000, 650_000]
     spowl = [run for run in kept if run.args["exp_name"] == "spowl"]
     first = {run.args["env_id"]: run for run in spowl if run.args["seed"] == 1}
-    goal2, car = first["SafetyPointGoal2-v0"], first["SafetyCarGoal1-v0"]
-    gain, paid = (np.mean(played(goal2, goal2.last, name)) for name in ("return", "cost"))
-    assert gain > 14.3 and paid < 4.8 and (capped(goal2), capped(car)) == (500_000, 800_000)
-    assert says("million", f"ends at {gain:.1f} / {paid:.1f}. After", "from 500,000 on (PointGoal2), from 800,000 on")
-    read = [(float(row["critic/read_before_1"]), float(row["critic/followed_before_1"])) for run in spowl
-            for row in run.numbers.values() if row["critic/read_before_1"]]
+    goal2, push, button, car = (first[f"Safety{name}-v0"] for name in ("PointGoal2", "PointPush1", "PointButton1",
+                                                                      "CarGoal1"))
+    assert [capped(run) for run in (goal2, button, car)] == [500_000, 400_000, 800_000]
+    assert says("million", "from 500,000 on (PointGoal2), from 400,000 on (PointButton1), from 800,000 on (CarGoal1)",
+                f"On PointPush1 it ends at {float(push.numbers[push.last]['lagrangian/lambda']):.3f}")
+    (gain2, paid2), (gain, paid), (more, cost) = (
+        [np.mean(played(run, run.last, name)) for name in ("return", "cost")] for run in (goal2, push, button))
+    assert gain2 > 14.3 and paid2 < 4.8 and paid < 0.7 and more > 15.9 and (round(cost, 1), round(16.6 - cost, 1)) == (
+        15.7, 0.9)
+    assert says("million", f"ends at {gain2:.1f} / {paid2:.1f}. After", f"ends at {gain:.1f} / {paid:.1f}: at 300,000",
+                f"(return missed by {18.7 - gain:.1f})", f"(cost missed by {cost - 5.4:.1f})",
+                f"ends at {more:.1f} / {cost:.1f}: {more / 10:.1f} times the paper's return at {cost / 5.4:.1f} times")
+    assert f"after 1,000,000 at {gain / 18.7:.0%} and {cost / 5.4:.1f} times (one seed each)" in (
+        ROOT / "README.md").read_text()
+    at_step = lambda step, name: round(np.mean(played(button, step, name)), 1)
+    costs = [at_step(step, "cost") for step in range(450_000, 1_000_001, 50_000)]
+    assert [at_step(200_000, "cost"), at_step(400_000, "cost"), min(costs), max(costs)] == [37.3, 17.9, 6.8, 21.1]
+    assert len(costs) == 12 and [at_step(step, "return") for step in (400_000, 1_000_000)] == [18.8, 25.4]
+    before = lambda run: [(float(row["critic/read_before_1"]), float(row["critic/followed_before_1"]))
+                          for row in run.numbers.values() if row["critic/read_before_1"]]
+    read = [pair for run in spowl for pair in before(run)]
     less = sum(one < other for one, other in read)
+    assert says("million", "on PointButton1 {:.1f} of {:.1f} (means of 20)".format(*np.mean(before(button), axis=0)))
     assert says("million", "18.4 to 64.0 at 50,000 steps, 10.5 to 17.5 at 300,000. From 400,000 on they cost 6.3",
                 "from 600,000 or 650,000 steps on (PointGoal1)", f"at {less} of {len(read)} evaluations")
 

@@ -265,7 +265,8 @@ def test_what_is_committed_can_be_evaluated(path):
     with pytest.raises(SystemExit, match="holds no replay buffer"):
         cost_probe.load_rows(path.parent)
     args = spowl.parse_args(["--evaluate", str(path.parent)])
-    size = {"SafetyPointGoal1-v0": 60, "SafetyPointGoal2-v0": 60, "SafetyCarGoal1-v0": 72}[args.env_id]
+    size = {"SafetyPointGoal1-v0": 60, "SafetyPointGoal2-v0": 60, "SafetyPointPush1-v0": 76,
+            "SafetyPointButton1-v0": 76, "SafetyCarGoal1-v0": 72}[args.env_id]
     template = jax.eval_shape(lambda key: spowl.init_agent(args, key, size, 2), jax.random.key(0))
     template = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.zeros(x.shape, x.dtype),
                             template)
