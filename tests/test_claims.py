@@ -169,6 +169,20 @@ def test_a_million_steps():
                 "from 600,000 or 650,000 steps on (PointGoal1)", f"at {less} of {len(read)} evaluations")
 
 
+def test_what_is_paid_for():
+    """The agents of a million steps: 50 episodes of each, by what charged them."""
+    with open(RESULTS / "what_costs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["run"], row["environment"], row["source"]) for row in rows}) == len(rows) == 50 * (3 + 3)
+    of = lambda task, source, name="charged": np.mean(
+        [float(row[name]) for row in rows if (row["run"], row["source"]) == (f"million_{task}", source)])
+    charged = [of("PointButton1", source) for source in ("gremlins", "buttons", "hazards")]
+    assert says("million", "of {:.1f} an episode gremlins charge {:.1f}, wrong buttons {:.1f}, hazards {:.1f} (".format(
+        of("PointButton1", "hazards", "cost"), *charged))
+    assert says("million", "pays {:.1f} of {:.1f} to hazards, {:.1f} for vases set in motion".format(
+        of("PointGoal2", "hazards"), of("PointGoal2", "hazards", "cost"), of("PointGoal2", "vases_velocity")))
+
+
 def test_by_the_mean_or_drawn():
     """Methods without a model: what is said of the agents with a limit of 25, and with those of limit 2."""
     by_mean, by_drawing = {2: [], 25: []}, {2: [], 25: []}

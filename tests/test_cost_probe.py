@@ -1,4 +1,4 @@
-"""probe/cost_probe.py, blind.py, pretrained.py and drawn.py, on a run directory made by hand and on a task."""
+"""probe/cost_probe.py, blind.py, pretrained.py, drawn.py and what_costs.py, on a run made by hand and on a task."""
 import dataclasses
 import json
 import subprocess
@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import leaves_equal, random_agent, saved_run, small_args
+from test_envs import toy_agent
 
 import spowl_continuous as spowl
 from benchmark.kept import read_kept
-from probe import cost_probe, drawn, pretrained
+from probe import cost_probe, drawn, pretrained, what_costs
 from spowl_continuous import Transition
 
 ARGS = small_args(num_envs=4, buffer_size=200, obs_transform="log", preset="laptop")  # 50 rows of 4 environments
@@ -272,3 +274,66 @@ def test_what_is_committed_can_be_evaluated(path):
                             template)
     spowl.load_checkpoint(path.parent, {"agent": template})
     assert sum(file.stat().st_size for file in path.parent.iterdir()) < (4e6 if "laptop" in path.parent.name else 1.5e6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What costs
+# ----------------------------------------------------------------------------------------------------------------------
+class Charging(gymnasium.Env):
+    """An episode of 4 to 8 steps, by its seed. Every second step "there" charges 0.5, every third "here" 1."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (3,))
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed, options=None):
+        self.step_count, self.length = 0, 4 + seed % 5
+        return np.zeros(3), {}
+
+    def step(self, action):
+        self.step_count += 1
+        info = {"cost_there": 0.5 * (self.step_count % 2 == 0), "cost_here": float(self.step_count % 3 == 0)}
+        info["cost_sum"] = cost = min(1.0, sum(info.values()))
+        return np.zeros(3), 0.0, cost, False, self.step_count == self.length, info
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 7])
+def test_each_source_is_counted_by_episode(toy_agent, num_envs):
+    """Five episodes by one environment, by two in turn, by five at once; in step six both charge, it costs 1."""
+    args = small_args(num_envs=num_envs, eval_episodes=5, action_repeat=2)
+    agent = spowl.init_agent(args, jax.random.key(0), 3, 2)
+    episodes, paid = what_costs.paid_for(args, agent, [Charging() for _ in range(min(num_envs, 5))])
+    assert [each["environment"] for each in episodes] == [0, 1, 2, 3, 4]
+    assert len({each["length"] for each in episodes}) > 1
+    for each, sources in zip(episodes, paid):
+        assert sources == {"there": each["length"] // 2 / 2, "here": each["length"] // 3}
+        assert each["cost"] == sum(sources.values()) - 0.5 * (each["length"] >= 6)
+
+
+def test_what_costs_is_written_and_told(run, monkeypatch, tmp_path, capsys):
+    """A row for each episode and source."""
+    monkeypatch.setattr(spowl, "make_env", lambda args, drawn: Charging())
+    monkeypatch.setattr(what_costs, "paid_for", lambda args, agent, envs: (
+        [{"environment": n, "cost": 2.5 * n} for n in range(args.eval_episodes)],
+        [{"there": 0.5 * n, "here": 2.0 * n} for n in range(len(envs))]))
+    what_costs.main(what_costs.Options((run[0],), tmp_path / "what.csv", episodes=2))
+    name, task = run[0].name, ARGS.env_id
+    assert capsys.readouterr().out == f"{name}: cost 1.25 an episode; here 1.00, there 0.25\n"
+    assert (tmp_path / "what.csv").read_text() == (
+        f"run,env_id,environment,cost,source,charged\n{name},{task},0,0,here,0\n{name},{task},0,0,there,0\n"
+        f"{name},{task},1,2.5,here,2\n{name},{task},1,2.5,there,0.5\n")
+
+
+def test_what_cannot_be_asked_of_what_costs(run, tmp_path):
+    path, ask = tmp_path / "what.csv", what_costs.Options
+    for options, says in ((ask((run[0],), path, episodes=0), "^--episodes must be at least 1$"),
+                          (ask((run[0],), tmp_path / "no" / "what.csv"), "^--csv .* is not a directory$"),
+                          (ask((tmp_path,), path), "is not a run directory")):
+        with pytest.raises(SystemExit, match=says):
+            what_costs.main(options)
+
+
+def test_a_task_that_names_no_source(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(spowl, "make_env", lambda args, drawn: Charging())
+    monkeypatch.setattr(what_costs, "paid_for", lambda args, agent, envs: ([{"environment": 0, "cost": 1.0}], [{}]))
+    with pytest.raises(SystemExit, match=f"the info of {ARGS.env_id} names no source of cost, such as cost_hazards$"):
+        what_costs.main(what_costs.Options((run[0],), tmp_path / "what.csv"))
