@@ -143,7 +143,7 @@ def policy_mean(model, policy, state, key):
 def test_the_limit_is_kept_at_most_of_the_safe_reward():
     """METHOD §4-6: with a multiplier that grows fast, policy, plan and their choice stay where nothing costs and take
     most of what can be had there: 0.5."""
-    paid = judge(learn(3, init_agent(ARGS, jax.random.key(3), 1, 1)))
+    paid = judge(learn(3, init_agent(ARGS, jax.random.key(3), 1, 1), 15))
     for reward, cost in paid.values():
         assert 0.36 < reward <= 0.52 and cost < 0.1, paid
 
