@@ -1297,9 +1297,12 @@ def open_run_dir(args, stack):
         (run_dir / "args.json").write_text(json.dumps(info, indent=2) + "\n")
         hold(run_dir, stack)
     if wandb:
-        tracked = wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow", dir=run_dir,
-            config=vars(args), group=f"{args.env_id}__{args.exp_name}", sync_tensorboard=True)
+        try:
+            tracked = wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, id=run_dir.name, resume="allow",
+                dir=run_dir, config=vars(args), group=f"{args.env_id}__{args.exp_name}", sync_tensorboard=True)
+        except wandb.Error as error:  # nobody is logged in, or it cannot be reached
+            raise SystemExit(f"--track: {' '.join(str(error).split())}")
         stack.callback(tracked.finish)
     return run_dir, stack.enter_context(contextlib.closing(Writer(str(run_dir))))
 

@@ -877,6 +877,21 @@ def test_a_tracked_run_goes_on_where_it_was(copied, monkeypatch):
     assert len(wandb.asked) == 1  # not without --track
 
 
+def test_where_nobody_is_logged_in_one_line_says_so(copied, monkeypatch):
+    """What W&B raises there is a wandb.Error; anything else is ours, and stays what it is."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    wandb.Error = type("Error", (Exception,), {})
+
+    def init(**_):
+        raise raised
+
+    wandb.init = init
+    for raised, becomes, says in ((wandb.Error("no key\nuse `wandb login`"), SystemExit, "^--track: no key use `wandb"),
+                                  (KeyError("key"), KeyError, "key")):
+        with contextlib.ExitStack() as stack, pytest.raises(becomes, match=says):
+            spowl.open_run_dir(resumed_args(copied, "--track"), stack)
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """`train` is next to nothing: one agent step a cycle, at which the next of these happens: an error is raised, a
