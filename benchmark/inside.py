@@ -92,7 +92,7 @@ def draw_episode_costs(runs, path):
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("% of episodes")
-    save(figure, path, f"Each run's last evaluation. A step inside what must be avoided costs 1. {LIMIT}")
+    save(figure, path, f"Each run's last evaluation. A simulator step that costs, costs 1. {LIMIT}")
 
 
 @plt.rc_context(STYLE)
@@ -117,12 +117,12 @@ def draw_multiplier_and_critic(runs, path):
         for axis in column:
             step_axis(axis, 0, max(run.last for run in seeds), False)
         column[-1].set_xlabel("simulator steps")
-    for axis, label in zip(axes[:, 0], ("multiplier λ", "one agent step\nbefore a hazard is entered",
-                                        "agent steps that\nbegin outside hazards")):
+    for axis, label in zip(axes[:, 0], ("multiplier λ", "one agent step\nbefore costs begin",
+                                        "agent steps\nwithout cost before")):
         axis.set_ylabel(label)
         axis.set_ylim(0, None)
     figure.legend(*axes[1, -1].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    save(figure, path, "Each line: one seed. Each mark: an evaluation of 10 episodes; none where no hazard was entered."
+    save(figure, path, "Each line: one seed. Each mark: an evaluation of 10 episodes; none where nothing cost."
          " A critic that is right has blue and orange in one place. The agent enters what it overlooks: there Qᶜ reads "
          "too little.")
 

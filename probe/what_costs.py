@@ -6,9 +6,9 @@ The episodes are those of --evaluate. Safety-Gymnasium's `info` says for each si
 two charge in one step is counted for both, though a step costs 1 at most."""
 
 import csv
+import dataclasses
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,40 +22,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import spowl_continuous as spowl
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run directories of spowl_continuous.py, whose newest checkpoints are taken"""
     csv: Path
-    """file to write, a row an episode"""
+    """file to write, a row for each source of an episode"""
     episodes: int = 50
     """episodes to play"""
 
 
 class Counted(gymnasium.Wrapper):
-    """`paid[seed]`: what each source charged in the episode that was begun with that seed."""
+    """`paid`: what each source charged, in every episode that could begin."""
 
-    def __init__(self, env, paid):
+    def __init__(self, env):
         super().__init__(env)
-        self.paid, self.now = paid, None
+        self.paid = []
 
     def reset(self, *, seed=None, options=None):
-        self.now = self.paid[seed] = Counter()
-        return self.env.reset(seed=seed, options=options)
+        answer = self.env.reset(seed=seed, options=options)
+        self.paid.append(Counter())
+        return answer
 
     def step(self, action):
         answer = self.env.step(action)
-        self.now.update({name.removeprefix("cost_"): float(cost) for name, cost in answer[-1].items()
-                         if name.startswith("cost_") and name != "cost_sum"})
+        self.paid[-1].update({name.removeprefix("cost_"): float(cost) for name, cost in answer[-1].items()
+                              if name.startswith("cost_") and name != "cost_sum"})
         return answer
 
 
-def ask_here(args, envs):
-    """`start_envs`'s `ask` for environments of this process: what they counted can be read."""
+def ask_here(args, envs, begun):
+    """`start_envs`'s `ask` for environments of this process: what they counted can be read. `begun` gets a list at each
+    reset: the place in every environment's `paid` of the episode that begins."""
     playing = []
 
     def ask(command, values):
         if command == "reset":
+            begun.append([len(env.paid) for env in envs])
             playing[:] = [spowl.play(args, env, 1, index, episode)
                           for index, (env, (episode, _)) in enumerate(zip(envs, values))]
             obs, episodes, *_ = zip(*map(next, playing))
@@ -69,13 +72,15 @@ def ask_here(args, envs):
 
 def paid_for(args, agent, envs):
     """-> the episodes of `spowl.evaluate`, and for each what each source charged."""
-    paid = {}
-    episodes = spowl.evaluate(args, agent, ask_here(args, [Counted(env, paid) for env in envs]))[0]
+    envs, begun = [Counted(env) for env in envs], []
+    episodes = spowl.evaluate(dataclasses.replace(args, capture_video=False), agent, ask_here(args, envs, begun))[0]
     places = (divmod(each["environment"], len(envs)) for each in episodes)
-    return episodes, [paid[spowl.episode_seed(args.seed, 1, index, nth * len(envs))] for nth, index in places]
+    return episodes, [envs[index].paid[begun[nth][index]] for nth, index in places]
 
 
 def main(options):
+    if not options.runs:
+        raise SystemExit("name a run directory or more")
     if options.episodes < 1:
         raise SystemExit("--episodes must be at least 1")
     if not options.csv.parent.is_dir():
@@ -88,12 +93,12 @@ def main(options):
         template = {"agent": jax.eval_shape(partial(spowl.init_agent, args, obs_dim=obs_dim, action_dim=action_dim),
                                             jax.random.key(0))}
         episodes, paid = paid_for(args, spowl.load_checkpoint(run, template)[0]["agent"], envs)
-        if not any(paid):
+        if not (named := sorted(set().union(*paid))):
             raise SystemExit(f"{run}: the info of {args.env_id} names no source of cost, such as cost_hazards")
         for each, sources in zip(episodes, paid):
             rows += [[run.name, args.env_id, each["environment"], f"{each['cost']:g}", source, f"{cost:g}"]
-                     for source, cost in sorted(sources.items())]
-        mean = {source: np.mean([sources[source] for sources in paid]) for source in sorted(paid[0])}
+                     for source, cost in ((source, sources[source]) for source in named)]
+        mean = {source: np.mean([sources[source] for sources in paid]) for source in named}
         print(f"{run.name}: cost {np.mean([each['cost'] for each in episodes]):.2f} an episode;",
               ", ".join(f"{source} {cost:.2f}" for source, cost in mean.items()))
     with open(options.csv, "w", newline="") as file:

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,12 +297,26 @@ class Charging(gymnasium.Env):
         return np.zeros(3), 0.0, cost, False, self.step_count == self.length, info
 
 
+class Impossible(Charging):
+    """The layout of every third reset, from the first on, cannot be drawn."""
+
+    resets = 0
+
+    def reset(self, **options):
+        self.resets += 1
+        if self.resets % 3 == 1:
+            raise ValueError("no room")
+        return super().reset(**options)
+
+
+@pytest.mark.parametrize("kind", [Charging, Impossible])
 @pytest.mark.parametrize("num_envs", [1, 2, 7])
-def test_each_source_is_counted_by_episode(toy_agent, num_envs):
-    """Five episodes by one environment, by two in turn, by five at once; in step six both charge, it costs 1."""
-    args = small_args(num_envs=num_envs, eval_episodes=5, action_repeat=2)
+def test_each_source_is_counted_by_episode(toy_agent, num_envs, kind):
+    """Five episodes by one environment, by two in turn, by five at once; in step six both charge, it costs 1. Nothing
+    is filmed, though the run was."""
+    args = small_args(num_envs=num_envs, eval_episodes=5, action_repeat=2, capture_video=True)
     agent = spowl.init_agent(args, jax.random.key(0), 3, 2)
-    episodes, paid = what_costs.paid_for(args, agent, [Charging() for _ in range(min(num_envs, 5))])
+    episodes, paid = what_costs.paid_for(args, agent, [kind() for _ in range(min(num_envs, 5))])
     assert [each["environment"] for each in episodes] == [0, 1, 2, 3, 4]
     assert len({each["length"] for each in episodes}) > 1
     for each, sources in zip(episodes, paid):
@@ -314,7 +329,7 @@ def test_what_costs_is_written_and_told(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(spowl, "make_env", lambda args, drawn: Charging())
     monkeypatch.setattr(what_costs, "paid_for", lambda args, agent, envs: (
         [{"environment": n, "cost": 2.5 * n} for n in range(args.eval_episodes)],
-        [{"there": 0.5 * n, "here": 2.0 * n} for n in range(len(envs))]))
+        [Counter({"there": 0.5 * n, "here": 2.0 * n} if n else {}) for n in range(len(envs))]))
     what_costs.main(what_costs.Options((run[0],), tmp_path / "what.csv", episodes=2))
     name, task = run[0].name, ARGS.env_id
     assert capsys.readouterr().out == f"{name}: cost 1.25 an episode; here 1.00, there 0.25\n"
@@ -325,7 +340,8 @@ def test_what_costs_is_written_and_told(run, monkeypatch, tmp_path, capsys):
 
 def test_what_cannot_be_asked_of_what_costs(run, tmp_path):
     path, ask = tmp_path / "what.csv", what_costs.Options
-    for options, says in ((ask((run[0],), path, episodes=0), "^--episodes must be at least 1$"),
+    for options, says in ((ask((), path), "^name a run directory or more$"),
+                          (ask((run[0],), path, episodes=0), "^--episodes must be at least 1$"),
                           (ask((run[0],), tmp_path / "no" / "what.csv"), "^--csv .* is not a directory$"),
                           (ask((tmp_path,), path), "is not a run directory")):
         with pytest.raises(SystemExit, match=says):

@@ -142,7 +142,7 @@ def ended(process, directory, status, again="the same command"):
     return step, stderr.splitlines()[-1]
 
 
-@pytest.mark.long  # test_killed_after_its_last_checkpoint_but_one is the same in one process
+@pytest.mark.long  # test_killed_after_its_last_checkpoint_but_one resumes one, the scripted ones at any moment
 @pytest.mark.parametrize("task", FLAGS)
 def test_killed_and_stopped_and_killed_and_finished(place, straight, task):
     """SIGTERM after the first evaluation, wherever the run then is; SIGKILL after the second, which leaves none of its

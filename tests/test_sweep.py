@@ -90,8 +90,9 @@ def grid_file(tmp_path, text):
 def test_a_dry_run_needs_no_ray(tmp_path):
     """It prints every run; without --dry-run one line says what to install."""
     without = ("import sys; sys.modules['ray'] = None; sys.path.insert(0, 'benchmark'); from sweep import *; "
-               "options = tyro.cli(Options); main(dataclasses.replace(options, dry_run=True)); main(options)")
-    finished = subprocess.run([sys.executable, "-c", without, "benchmark/grids/fig9.yaml", "--runs-dir", tmp_path],
+               "options = tyro.cli(Options); main(options); main(dataclasses.replace(options, dry_run=False))")
+    words = "benchmark/grids/fig9.yaml", "--runs-dir", tmp_path, "--dry-run"
+    finished = subprocess.run([sys.executable, "-c", without, *words],
                               cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert finished.stdout.count("not begun at 0 of 300,000: ") == finished.stdout.count("\n") == 10, finished.stderr
     assert finished.returncode == 1
