@@ -96,11 +96,10 @@ def main(options):
         if not (named := sorted(set().union(*paid))):
             raise SystemExit(f"{run}: the info of {args.env_id} names no source of cost, such as cost_hazards")
         for each, sources in zip(episodes, paid):
-            rows += [[run.name, args.env_id, each["environment"], f"{each['cost']:g}", source, f"{cost:g}"]
-                     for source, cost in ((source, sources[source]) for source in named)]
-        mean = {source: np.mean([sources[source] for sources in paid]) for source in named}
+            rows += [[run.name, args.env_id, each["environment"], f"{each['cost']:g}", source, f"{sources[source]:g}"]
+                     for source in named]
         print(f"{run.name}: cost {np.mean([each['cost'] for each in episodes]):.2f} an episode;",
-              ", ".join(f"{source} {cost:.2f}" for source, cost in mean.items()))
+              ", ".join(f"{source} {np.mean([sources[source] for sources in paid]):.2f}" for source in named))
     with open(options.csv, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
             [["run", "env_id", "environment", "cost", "source", "charged"], *rows])
