@@ -1052,8 +1052,8 @@ def cost_to_go(cost, terminated, last, gamma):
 def read_and_followed(args, episodes, read):
     """Mean cost value read, (T,) of all episodes' steps, and mean discounted cost that followed: numbers by tag.
 
-    critic/read_..., critic/followed_... in states inside a hazard (the last step cost), outside, and before_k: k = 1
-    to 5 agent steps before a hazard is entered (before_1 is the step that enters); none for what did not occur."""
+    critic/read_..., critic/followed_... in states inside what costs (the last step cost), outside, and before_k: k = 1
+    to 5 agent steps before costs begin (before_1 is the first step that costs); none for what did not occur."""
     each = np.split(read, np.cumsum([len(episode["played"].cost) for episode in episodes])[:-1])
     groups = {name: ([], []) for name in ("inside", "outside", *(f"before_{k}" for k in range(1, 6)))}
     for values, played in zip(each, (episode["played"] for episode in episodes)):
