@@ -2,11 +2,12 @@
 
     taskset -c 0 python benchmark/latency.py benchmark/pretrained/laptop_PointGoal1 --csv latency.csv
     python benchmark/latency.py benchmark/pretrained/laptop_PointGoal1 --samples 64 128 --depths 3 6 --episodes 20
-    python benchmark/latency.py RUN --samples 64 --depths 3 --alone --episodes 50   # who acts: policy, either, plan
+    python benchmark/latency.py RUN ... --samples 64 --depths 3 --alone --episodes 50 --repeats 0
 
-RUN is a run directory of spowl_continuous.py. Times are medians of deciding for one environment, as multiples of the
-policy's alone in the same process; leave the machine alone meanwhile. The shares of the policy's sequences and of the
-elites among the samples stay the run's. With --episodes each of them also plays: the same episodes for all."""
+RUN is a run directory of spowl_continuous.py; several have one table. Times are medians of deciding for one
+environment, as multiples of the policy's alone in the same process; leave the machine alone meanwhile, or time nothing
+(--repeats 0). The shares of the policy's sequences and of the elites among the samples stay the run's. With --episodes
+each of them also plays: the same episodes for all. The last line asks who should act: policy, either or plan."""
 
 import csv
 import dataclasses
@@ -30,14 +31,14 @@ import spowl_plan_only as plan_only
 import spowl_policy_only as policy_only
 from plot import STYLE, WIDTH, save
 
-COLUMNS = ("acts", "samples", "depth", "times_policy", "episodes", "return", "return_std", "cost", "cost_std",
-           "balance")
+COLUMNS = ("env_id", "seed", "acts", "samples", "depth", "times_policy", "episodes", "return", "return_std", "cost",
+           "cost_std", "balance")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    run: tyro.conf.Positional[Path]
-    """run directory whose newest checkpoint decides"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run directories: the newest checkpoint of each decides"""
     samples: tuple[int, ...] = (32, 64, 128, 256, 512)
     """numbers of sequences scored per iteration"""
     depths: tuple[int, ...] = (3, 6, 10)
@@ -47,7 +48,7 @@ class Options:
     episodes: int = 0
     """evaluation episodes that each plays"""
     repeats: int = 50
-    """decisions timed"""
+    """decisions timed, 0 for none"""
     csv: Path | None = None
     """file for the table"""
 
@@ -126,32 +127,49 @@ def draw(path, picture):
          "by about 1 and the cost by about 2.")
 
 
-def main(options):
-    """SystemExit, before anything is timed, for options that cannot be."""
-    if options.repeats < 1 or options.episodes < 0:
-        raise SystemExit("--repeats must be at least 1, --episodes not below 0")
-    if options.csv and (options.csv.exists() or not options.csv.parent.is_dir()):
-        raise SystemExit(f"--csv {options.csv}: name a new file in a directory that is there")
-    args = spowl.parse_args(["--evaluate", str(options.run)])
+def candidates_of(options, run):
+    """The flags of a run, and (who acts, samples, depth, script, flags) of each that decides; SystemExit where it is no
+    run directory or its planner cannot be so."""
+    args = spowl.parse_args(["--evaluate", str(run)])
     args = dataclasses.replace(args, num_envs=min(args.num_envs, max(options.episodes, 1)),  # as many as play
                                eval_episodes=max(options.episodes, 1))
-    ask, *sizes = spowl.start_envs(args, 1, args.num_envs)
-    shapes = jax.eval_shape(lambda: spowl.init_agent(args, jax.random.key(0), *sizes))
-    agent = spowl.load_checkpoint(options.run, {"agent": shapes})[0]["agent"]
-    obs, rows, alone = ask("reset", [(0, [])] * args.num_envs)[0][0], [], math.nan
     candidates = [("policy", "", "", policy_only, args)]
     for depth, samples in itertools.product(options.depths, options.samples):
         chosen = planner_of(args, samples, depth)
         candidates += [("plan or policy", samples, depth, spowl, chosen)]
         candidates += [("plan", samples, depth, plan_only, chosen)] * options.alone
+    return args, [(*names, script, of_script(script, chosen)) for *names, script, chosen in candidates]
+
+
+def compared(options, run, args, candidates):
+    """The rows of one run, printed as they come."""
+    ask, *sizes = spowl.start_envs(args, 1, args.num_envs)
+    shapes = jax.eval_shape(lambda: spowl.init_agent(args, jax.random.key(0), *sizes))
+    agent = spowl.load_checkpoint(run, {"agent": shapes})[0]["agent"]
+    obs, rows, alone = ask("reset", [(0, [])] * args.num_envs)[0][0], [], math.nan
     for acts, samples, depth, script, chosen in candidates:
-        chosen = of_script(script, chosen)
-        seconds = median_seconds(script, chosen, agent, obs, sizes[1], options.repeats)
-        alone = seconds if script is policy_only else alone  # the policy comes first
+        times = ""
+        if options.repeats:
+            seconds = median_seconds(script, chosen, agent, obs, sizes[1], options.repeats)
+            alone = seconds if script is policy_only else alone  # the policy comes first
+            times = round(seconds / alone, 1)
         values = played(script, chosen, agent, ask) if options.episodes else [0, *[""] * 5]
-        rows.append([acts, samples, depth, round(seconds / alone, 1), *values])
+        rows.append([args.env_id, args.seed, acts, samples, depth, times, *values])
         print(*(f"{name} {value}" for name, value in zip(COLUMNS, rows[-1])), sep=", ", flush=True)
     ask("close")
+    return rows
+
+
+def main(options):
+    """SystemExit, before anything is timed or played, for options that cannot be."""
+    if not options.runs:
+        raise SystemExit("name a run directory, or several")
+    if options.repeats < 0 or options.episodes < 0 or options.repeats == options.episodes == 0:
+        raise SystemExit("--repeats and --episodes must be at least 0, and not both 0")
+    if options.csv and (options.csv.exists() or not options.csv.parent.is_dir()):
+        raise SystemExit(f"--csv {options.csv}: name a new file in a directory that is there")
+    chosen = [(run, *candidates_of(options, run)) for run in options.runs]
+    rows = [row for each in chosen for row in compared(options, *each)]
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])

@@ -37,7 +37,17 @@ def test_a_table_that_is_there_is_not_written_over(tmp_path, name):
     """Nor is one begun for which there is no directory: both before anything is timed."""
     (tmp_path / "t.csv").touch()
     with pytest.raises(SystemExit, match="name a new file in a directory that is there"):
-        latency.main(latency.Options(tmp_path, csv=tmp_path / name))
+        latency.main(latency.Options((tmp_path,), csv=tmp_path / name))
+
+
+@pytest.mark.parametrize("runs, flags, says", [
+    (1, {"repeats": 0}, "not both 0"), (1, {"repeats": -1}, "at least 0"), (0, {}, "name a run directory"),
+    (2, {}, "is not a run directory of this script")])
+def test_what_cannot_be_done_is_said_first(runs, flags, says, tmp_path):
+    """Of several runs too: the first is an agent, and is not timed before the second is found not to be one."""
+    there = (ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path)[:runs]
+    with pytest.raises(SystemExit, match=says):
+        latency.main(latency.Options(there, **flags))
 
 
 def test_a_picture(tmp_path, monkeypatch):
@@ -56,8 +66,10 @@ def test_a_picture(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_comparison(tmp_path):
-    """The policy first, by which the others are measured; who acts is seen from the balance."""
+    """The policy first, by which the others are measured; who acts is seen from the balance. Several runs have one
+    table, and times only where they are asked for."""
     agent, table = ROOT / "benchmark" / "pretrained" / "laptop_PointGoal1", tmp_path / "t.csv"
+    table2 = tmp_path / "t2.csv"
     run(tmp_path, agent, "--samples", 16, "--depths", 2, "--repeats", 3, "--alone", "--episodes",
         1, "--csv", table, script=latency.__file__)
     with open(table, newline="") as file:
@@ -66,3 +78,10 @@ def test_a_comparison(tmp_path):
     assert (policy["times_policy"], policy["samples"], plan["samples"], plan["depth"]) == ("1.0", "", "16", "2")
     assert float(either["times_policy"]) > 1.0
     assert float(policy["balance"]) == 0.0 < float(either["balance"]) < float(plan["balance"]) == 1.0
+    run(tmp_path, agent, agent, "--samples", 16, "--depths", 2, "--repeats", 0, "--episodes", 1, "--csv", table2,
+        script=latency.__file__)
+    with open(table2, newline="") as file:
+        again = [*csv.DictReader(file)]
+    assert [(row["env_id"], row["seed"], row["acts"], row["times_policy"]) for row in again] == 2 * [
+        ("SafetyPointGoal1-v0", "3", acts, "") for acts in ("policy", "plan or policy")]
+    assert [row["return"] for row in again] == 2 * [policy["return"], either["return"]]
