@@ -141,9 +141,8 @@ def candidates_of(options, run):
     return args, [(*names, script, of_script(script, chosen)) for *names, script, chosen in candidates]
 
 
-def compared(options, run, args, candidates):
+def compared(options, run, args, candidates, ask, *sizes):
     """The rows of one run, printed as they come."""
-    ask, *sizes = spowl.start_envs(args, 1, args.num_envs)
     shapes = jax.eval_shape(lambda: spowl.init_agent(args, jax.random.key(0), *sizes))
     agent = spowl.load_checkpoint(run, {"agent": shapes})[0]["agent"]
     obs, rows, alone = ask("reset", [(0, [])] * args.num_envs)[0][0], [], math.nan
@@ -169,7 +168,8 @@ def main(options):
     if options.csv and (options.csv.exists() or not options.csv.parent.is_dir()):
         raise SystemExit(f"--csv {options.csv}: name a new file in a directory that is there")
     chosen = [(run, *candidates_of(options, run)) for run in options.runs]
-    rows = [row for each in chosen for row in compared(options, *each)]
+    started = [spowl.start_envs(args, 1, args.num_envs) for _, args, _ in chosen]  # all before JAX has threads
+    rows = [row for each, envs in zip(chosen, started) for row in compared(options, *each, *envs)]
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
