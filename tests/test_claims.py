@@ -142,19 +142,20 @@ def test_a_million_steps():
     assert [capped(run) for run in runs] == [600_000, 600_000, 650_000]
     spowl = [run for run in kept if run.args["exp_name"] == "spowl"]
     first = {run.args["env_id"]: run for run in spowl if run.args["seed"] == 1}
-    goal2, push, button = (first[f"Safety{name}-v0"] for name in ("PointGoal2", "PointPush1", "PointButton1"))
-    cars = [run for run in spowl if run.args["env_id"] == "SafetyCarGoal1-v0"]
-    assert [capped(run) for run in (goal2, button, *cars)] == [500_000, 400_000, 800_000, 850_000]
-    assert says("million", "from 400,000 on (PointButton1), from 800,000 or 850,000 on (CarGoal1)",
-                "from 500,000 on (PointGoal2)", "two seeds end at {} and {}. Neither".format(*(
-                    "{:.1f} / {:.1f}".format(*(np.mean(played(run, run.last, name)) for name in ("return", "cost")))
-                    for run in cars)),
+    push, button = (first[f"Safety{name}-v0"] for name in ("PointPush1", "PointButton1"))
+    goal2, cars = ([run for run in spowl if run.args["env_id"] == f"Safety{task}-v0"]
+                   for task in ("PointGoal2", "CarGoal1"))
+    assert [capped(run) for run in (*goal2, *cars, button)] == [500_000, 550_000, 800_000, 850_000, 400_000]
+    assert says("million", "from 500,000 or 550,000 on (PointGoal2), from 400,000",
+                "on (PointButton1), from 800,000 or 850,000 on (CarGoal1)",
                 f"On PointPush1 it ends at {float(push.numbers[push.last]['lagrangian/lambda']):.3f}")
-    (gain2, paid2), (gain, paid), (more, cost) = (
-        [np.mean(played(run, run.last, name)) for name in ("return", "cost")] for run in (goal2, push, button))
-    assert gain2 > 14.3 and paid2 < 4.8 and paid < 0.7 and more > 15.9 and (round(cost, 1), round(16.6 - cost, 1)) == (
-        15.7, 0.9)
-    assert says("million", f"ends at {gain2:.1f} / {paid2:.1f}. After", f"ends at {gain:.1f} / {paid:.1f}: at 300,000",
+    (gain, paid), (more, cost), *twos = (
+        [np.mean(played(run, run.last, name)) for name in ("return", "cost")] for run in (push, button, *goal2, *cars))
+    assert paid < 0.7 and more > 15.9 and (round(cost, 1), round(16.6 - cost, 1)) == (15.7, 0.9)
+    assert all(gain2 > 14.3 and paid2 < 4.8 for gain2, paid2 in twos[:2])
+    two = "two seeds end at {:.1f} / {:.1f} and {:.1f} / {:.1f}. {}"
+    assert says("million", two.format(*twos[0], *twos[1], "Both"), two.format(*twos[2], *twos[3], "Neither"))
+    assert says("million", f"ends at {gain:.1f} / {paid:.1f}: at 300,000",
                 f"(return missed by {18.7 - gain:.1f})", f"(cost missed by {cost - 5.4:.1f})",
                 f"ends at {more:.1f} / {cost:.1f}: {more / 10:.1f} times the paper's return at {cost / 5.4:.1f} times")
     assert f"after 1,000,000 at {gain / 18.7:.0%} and {cost / 5.4:.1f} times (one seed each)" in (
