@@ -1,6 +1,7 @@
 """What the pages say of chance: each p is computed here from the committed csv, and must stand on its page. So are the
 rows that a page has of kept runs without being a table of them."""
 import csv
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -111,16 +112,48 @@ def test_a_full_multiplier_from_the_start():
 
 
 def test_who_acts():
-    """Plan or policy against the policy alone, by the episodes' return: where p is below 0.05."""
-    with open(RESULTS / "who_acts.csv", newline="") as file:
-        rows = {(row["env_id"], row["acts"]): (float(row["return"]), float(row["return_std"]))
-                for row in csv.DictReader(file)}
-    found = {}
-    for task in {task for task, _ in rows}:
-        (both, spread), (policy, other) = rows[task, "plan or policy"], rows[task, "policy"]
-        found[task[6:-3]] = round(2 * scipy.stats.norm.sf(abs(both - policy) / np.hypot(spread, other) * 49**0.5), 2)
-    assert {task: p for task, p in found.items() if p < 0.05} == {"PointGoal2": 0.02, "PointPush1": 0.01}
-    assert says("latency", "on PointGoal2 (p = 0.02) and PointPush1 (p = 0.01) only")
+    """Plan or policy, plan alone, policy alone, of agents of two lengths: the page's cells, and every difference of the
+    episodes' means with p below 0.05."""
+    found, cells, tests = {}, {}, 0
+    for table in ("who_acts", "who_acts_million"):
+        with open(RESULTS / f"{table}.csv", newline="") as file:
+            rows = {(row["env_id"][6:-3], row["acts"]): row for row in csv.DictReader(file)}
+        for task in {task for task, _ in rows}:
+            each = [rows[task, acts] for acts in ("policy", "plan or policy", "plan")]
+            cells.setdefault(task, []).extend(f"{float(row['return']):.1f} / {float(row['cost']):.1f}" for row in each)
+            for name in ("return", "cost"):
+                for one, other in itertools.combinations(each, 2):
+                    gap = float(one[name]) - float(other[name])
+                    error = np.hypot(float(one[f"{name}_std"]), float(other[f"{name}_std"])) / 49**0.5
+                    p, tests = 2 * scipy.stats.norm.sf(abs(gap) / error), tests + 1
+                    if p < 0.05:
+                        more, less = (one, other) if gap > 0 else (other, one)
+                        found[name, more["acts"], less["acts"], task, table] = round(p, 3)
+    assert tests == 60 and found == {
+        ("return", "plan or policy", "plan", "CarGoal1", "who_acts"): 0.019,
+        ("return", "plan or policy", "plan", "CarGoal1", "who_acts_million"): 0.012,
+        ("return", "plan or policy", "plan", "PointButton1", "who_acts"): 0.021,
+        ("return", "plan or policy", "plan", "PointButton1", "who_acts_million"): 0.023,
+        ("return", "plan or policy", "plan", "PointGoal2", "who_acts"): 0.0,
+        ("return", "plan or policy", "plan", "PointGoal1", "who_acts_million"): 0.001,
+        ("return", "plan or policy", "policy", "PointPush1", "who_acts"): 0.009,
+        ("return", "plan or policy", "policy", "PointPush1", "who_acts_million"): 0.017,
+        ("return", "plan or policy", "policy", "PointGoal2", "who_acts"): 0.019,
+        ("return", "policy", "plan", "PointButton1", "who_acts"): 0.034,
+        ("return", "plan", "policy", "PointPush1", "who_acts"): 0.034,
+        ("return", "policy", "plan", "PointGoal1", "who_acts_million"): 0.0,
+        ("return", "policy", "plan", "CarGoal1", "who_acts_million"): 0.006,
+        ("return", "policy", "plan", "PointButton1", "who_acts_million"): 0.002,
+        ("cost", "policy", "plan", "PointGoal2", "who_acts_million"): 0.022,
+        ("cost", "policy", "plan", "PointButton1", "who_acts_million"): 0.05}
+    assert says("latency", *(f"| {task} | {' | '.join(each)} |" for task, each in cells.items()))
+    assert says("latency", "on CarGoal1 (p = 0.02 after 300,000 steps, 0.01 after 1,000,000), PointButton1",
+                "(0.02, 0.02), PointGoal2 (below 0.001 after 300,000 only) and PointGoal1 (0.001 after 1,000,000 only)",
+                "on PointPush1 (p = 0.01, 0.02) and, after 300,000 steps only, PointGoal2 (0.02)",
+                "on PointGoal2 (p = 0.02) and PointButton1", "(0.05). No other")
+    least = [sum(min(range(3), key=lambda acts: float(each[3 * half + acts].split()[0])) == 2
+                 for each in cells.values()) for half in (0, 1)]
+    assert least == [4, 4] and says("fig6", "on four of five tasks, after 300,000 steps and after 1,000,000")
 
 
 def test_a_million_steps():
