@@ -75,6 +75,8 @@ RIVALS = {  # methods without a model: names of runs, but for "_bins" at the end
     "ppo_lagrangian_25": "PPOLag(25)", "cpo_25": "CPO(25)", "cvpo_25": "CVPO(25)",
     "ppo_lagrangian_2": "PPOLag(2)", "ppo_lagrangian_2_fast": "PPOLag(2), faster multiplier"}
 RIVALS_TASK = "SafetyPointGoal1-v0"
+LENGTHS = {  # the preset on PointGoal1: names of runs, and for how long they were trained
+    "laptop": "300,000 steps", "laptop_500k": "500,000 steps", "spowl": "1,000,000 steps"}
 NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a trained agent makes of them"}
 
 
@@ -107,6 +109,13 @@ def spowl_million():
     tasks = million("table1")[1].tasks
     runs = [run for run in read_kept(RESULTS / "million") if run.args["exp_name"] == "spowl"]
     return sorted(runs, key=lambda run: tasks.index(run.args["env_id"]))
+
+
+def lengths():
+    """The preset on PointGoal1, trained for longer and longer: rows and grid."""
+    rows = [row for name in ("laptop.csv", "length", "million") for row in plot.read_rows(RESULTS / name)
+            if row["env_id"] == "SafetyPointGoal1-v0" and row["exp_name"] in LENGTHS]
+    return rows, plot.grid_of(rows, "The preset over three lengths", plot.PANELS[:4], LENGTHS)
 
 
 def rivals():
@@ -166,6 +175,7 @@ PICTURES = {  # file: what draws it to a path
     "budget.png": lambda path: budget.draw(path, budget.read_runs(RESULTS / "budget")),
     "million.png": lambda path: plot.draw(*million("table1"), path, 25),
     "rivals.png": draw_rivals,
+    "length.png": lambda path: plot.draw(*lengths(), path, 25),
     "episode_costs.png": lambda path: inside.draw_episode_costs(spowl_million(), path),
     "lambda_and_critic.png": lambda path: inside.draw_multiplier_and_critic(spowl_million(), path),
     "training_costs.png": lambda path: inside.draw_training_costs(list(training_costs()), path),
@@ -177,6 +187,7 @@ TABLES = {  # page: what gives the text between its markers, which are named aft
     "table1.md": lambda: plot.table_beside_paper(*two_cores("table1"), paper()),
     "million.md": lambda: inside.table_of_kept(
         read_kept(RESULTS / "million"), million("table1")[1], *two_cores("table1"), paper()),
+    "laptop.md": lambda: plot.table_of_settings(*lengths()),
     "rivals.md": lambda: inside.table_of_rivals(
         [run for run in read_kept(RESULTS / "rivals") if run.args["env_id"] == RIVALS_TASK], RIVALS),
     "budget.md": lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget")),

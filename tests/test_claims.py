@@ -156,6 +156,17 @@ def test_who_acts():
     assert least == [4, 4] and says("fig6", "on four of five tasks, after 300,000 steps and after 1,000,000")
 
 
+def test_longer_runs():
+    """PointGoal1: where the multiplier is at its cap; what 500,000 steps return beside five seeds after 300,000."""
+    runs = read_kept(RESULTS / "length")
+    capped = [min(step for step, row in run.numbers.items() if row["lagrangian/lambda"] == "0.2") for run in runs]
+    assert capped == [300_000, 300_000] and says("laptop", "from 300,000 on over 500,000 steps")
+    longer = [np.mean(played(run, run.last, "return")) for run in runs]
+    shorter = at("laptop", "laptop", "return", seeds=(1, 2, 3, 4, 5))
+    p = rank_p(longer, shorter)
+    assert p > 0.05 and says("laptop", f"it cannot be told (two seeds, p = {p:.2f})")
+
+
 def test_a_million_steps():
     """PointGoal1: three seeds' ends and five after 300,000 steps; what evaluations cost on the way, what their worst
     episodes cost, where the multiplier is at its cap; the other tasks' ends; what the critic reads before a hazard."""
