@@ -74,7 +74,7 @@ LEARNING = {  # csv of learning curves: title, panels, names for people of the r
 RIVALS = {  # methods without a model: names of runs, but for "_bins" at the end
     "ppo_lagrangian_25": "PPOLag(25)", "cpo_25": "CPO(25)", "cvpo_25": "CVPO(25)",
     "ppo_lagrangian_2": "PPOLag(2)", "ppo_lagrangian_2_fast": "PPOLag(2), faster multiplier"}
-RIVALS_TASK = "SafetyPointGoal1-v0"
+POINT_GOAL = "SafetyPointGoal1-v0"  # the task of the rivals and of the lengths
 LENGTHS = {  # the preset on PointGoal1: names of runs, and for how long they were trained
     "laptop": "300,000 steps", "laptop_500k": "500,000 steps", "spowl": "1,000,000 steps"}
 NOT_MADE = {"safedreamer_vision.png": "camera images of a simulator and what a trained agent makes of them"}
@@ -114,7 +114,7 @@ def spowl_million():
 def lengths():
     """The preset on PointGoal1, trained for longer and longer: rows and grid."""
     rows = [row for name in ("laptop.csv", "length", "million") for row in plot.read_rows(RESULTS / name)
-            if row["env_id"] == "SafetyPointGoal1-v0" and row["exp_name"] in LENGTHS]
+            if row["env_id"] == POINT_GOAL and row["exp_name"] in LENGTHS]
     return rows, plot.grid_of(rows, "The preset over three lengths", plot.PANELS[:4], LENGTHS)
 
 
@@ -124,7 +124,7 @@ def rivals():
     rows = []
     for row in plot.read_rows(RESULTS / "rivals"):
         name, bins, _ = row["exp_name"].partition("_bins")
-        if name in RIVALS and row["env_id"] == RIVALS_TASK:
+        if name in RIVALS and row["env_id"] == POINT_GOAL:
             rows.append(row | {"env_id": RIVALS[name], "exp_name": "bins" if bins else "raw"})
     seen = {(row["env_id"], row["exp_name"]) for row in rows}
     methods = tuple(method for method in RIVALS.values() if {(method, "raw"), (method, "bins")} <= seen)
@@ -189,7 +189,7 @@ TABLES = {  # page: what gives the text between its markers, which are named aft
         read_kept(RESULTS / "million"), million("table1")[1], *two_cores("table1"), paper()),
     "laptop.md": lambda: plot.table_of_settings(*lengths()),
     "rivals.md": lambda: inside.table_of_rivals(
-        [run for run in read_kept(RESULTS / "rivals") if run.args["env_id"] == RIVALS_TASK], RIVALS),
+        [run for run in read_kept(RESULTS / "rivals") if run.args["env_id"] == POINT_GOAL], RIVALS),
     "budget.md": lambda: budget.table_of_budgets(budget.read_runs(RESULTS / "budget")),
 }
 

@@ -129,7 +129,7 @@ def test_who_acts():
                     if p < 0.05:
                         more, less = (one, other) if gap > 0 else (other, one)
                         found[name, more["acts"], less["acts"], task, table] = round(p, 3)
-    assert tests == 60 and len(found) == 16 and found == {
+    assert tests == 60 and found == {
         ("return", "plan or policy", "plan", "CarGoal1", "who_acts"): 0.019,
         ("return", "plan or policy", "plan", "CarGoal1", "who_acts_million"): 0.012,
         ("return", "plan or policy", "plan", "PointButton1", "who_acts"): 0.021,
@@ -153,7 +153,7 @@ def test_who_acts():
                 "on PointGoal2 (p = 0.02) and PointButton1", "(0.05). No other",
                 "on PointButton1 (p = 0.03, 0.002) and, after 1,000,000 steps only, PointGoal1 (below 0.001)",
                 "and CarGoal1 (0.006). On PointPush1 it returns less (0.03, after 300,000 steps only)",
-                "sixty tests: 16 have")
+                f"sixty tests: {len(found)} have")
     least = [sum(min(range(3), key=lambda acts: float(each[3 * half + acts].split()[0])) == 2
                  for each in cells.values()) for half in (0, 1)]
     assert least == [4, 4] and says("fig6", "on four of five tasks, after 300,000 steps and after 1,000,000")
@@ -168,7 +168,8 @@ def test_longer_runs():
     longer = [np.mean(played(run, run.last, "return")) for run in runs]
     shorter = at("laptop", "laptop", "return", seeds=(1, 2, 3, 4, 5))
     p = rank_p(longer, shorter)
-    assert p > 0.05 and says("laptop", f"it cannot be told (two seeds, p = {p:.2f};")
+    assert p > 0.05 and rank_p([6, 7], [1, 2, 3, 4, 5]) > 0.09  # two against five, however far apart
+    assert says("laptop", f"it cannot be told (two seeds, p = {p:.2f}; never below 0.09)")
 
 
 def test_a_million_steps():
